@@ -14,8 +14,25 @@ from trtpass.ir import const_array, dims, float_attr, int_attr, is_op
 
 # Between a projection's MatMul and attention, these change the layout or the scale of a token's row, never its token.
 _ROWWISE = ("Transpose", "Reshape", "RotaryEmbedding", "RMSNormalization", "LayerNormalization", "Cast", "Identity")
-_POSITIONAL = ("Cos", "Sin", "Mul", "MatMul", "Concat", "Unsqueeze", "Cast", "Transpose", "Reshape", "Slice", "Gather",
-               "Expand", "Squeeze", "Identity", "Div", "Add", "Sub")
+_POSITIONAL = (
+    "Cos",
+    "Sin",
+    "Mul",
+    "MatMul",
+    "Concat",
+    "Unsqueeze",
+    "Cast",
+    "Transpose",
+    "Reshape",
+    "Slice",
+    "Gather",
+    "Expand",
+    "Squeeze",
+    "Identity",
+    "Div",
+    "Add",
+    "Sub",
+)
 
 
 @dataclass(frozen=True)
@@ -81,11 +98,17 @@ def find(model: ir.Model) -> Anchors:
         softmaxes = sum(is_op(n, "Softmax") for n in graph)
         missing.append(
             "no Attention node"
-            + (f" ({softmaxes} Softmax nodes: attention decomposed in a form that raising did not recognise)" if softmaxes else "")
+            + (
+                f" ({softmaxes} Softmax nodes: attention decomposed in a form that raising did not recognise)"
+                if softmaxes
+                else ""
+            )
         )
     input_ids = _input_ids(graph)
     if input_ids is None:
-        missing.append("no token input: no int64 [batch, sequence] graph input is looked up in an embedding table by Gather")
+        missing.append(
+            "no token input: no int64 [batch, sequence] graph input is looked up in an embedding table by Gather"
+        )
     logits = _logits(graph)
     if logits is None:
         missing.append("no logits: no graph output [batch, sequence, vocabulary] is produced by a MatMul or Gemm")
@@ -214,7 +237,12 @@ def _input_ids(graph: ir.Graph) -> ir.Value | None:
         if value.dtype in (ir.DataType.INT64, ir.DataType.INT32) and shape is not None and len(shape) == 2:
             for node in value.consumers():
                 table = node.inputs[0] if is_op(node, "Gather") else None
-                if table is not None and table.const_value is not None and table.shape is not None and len(table.shape) == 2:
+                if (
+                    table is not None
+                    and table.const_value is not None
+                    and table.shape is not None
+                    and len(table.shape) == 2
+                ):
                     return value
     return None
 
@@ -242,7 +270,10 @@ def _positions(blocks: list[AttentionBlock]) -> tuple[ir.Value | None, str]:
         for value in candidates:
             root = None if value is None else _climb(value)
             if root is None:
-                return None, f"RotaryEmbedding '{rope.name}': no integer [B, S] positions above '{value.name if value else None}'"
+                return (
+                    None,
+                    f"RotaryEmbedding '{rope.name}': no integer [B, S] positions above '{value.name if value else None}'",
+                )
             found[id(root)] = root
     if len(found) != 1:
         return None, f"rotary embeddings derive from {len(found)} position tensors, expected one"

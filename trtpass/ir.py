@@ -120,7 +120,9 @@ def add_input(graph: ir.Graph, name: str, dtype: ir.DataType, shape: Sequence[An
         if value.name == name:
             if value.dtype != dtype or value.shape is None or len(value.shape) != len(shape):
                 raise InputError(
-                    f"graph input '{name}' is {value.dtype} {value.shape}", f"{dtype} {list(shape)}", "rename that input"
+                    f"graph input '{name}' is {value.dtype} {value.shape}",
+                    f"{dtype} {list(shape)}",
+                    "rename that input",
                 )
             return value
     value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(list(shape)))

@@ -73,11 +73,15 @@ class Pass(abc.ABC):
             for role, name in site.values.items():
                 value = values.get(name)
                 if value is None or value.dtype is None or value.shape is None:
-                    raise InputError(f"pass '{self.name}' left '{name}' ({role}, layer {site.layer}) without dtype or shape")
+                    raise InputError(
+                        f"pass '{self.name}' left '{name}' ({role}, layer {site.layer}) without dtype or shape"
+                    )
 
     def twin(self, module: Any) -> Any:
         """A context manager under which ``module`` (torch, A) computes the edited model (D)."""
-        raise InputError(f"pass '{self.name}' has no torch twin", fix="compare the ONNX graphs before and after it instead")
+        raise InputError(
+            f"pass '{self.name}' has no torch twin", fix="compare the ONNX graphs before and after it instead"
+        )
 
     def __call__(self, model: ir.Model) -> PassResult:
         anchors = find(model)
@@ -132,7 +136,9 @@ def parse(text: str) -> Pass:
     if name not in methods:
         close = difflib.get_close_matches(name, methods, n=1)
         raise InputError(
-            f"unknown pass '{name}'", f"one of: {', '.join(methods)}", f"use '{close[0]}'" if close else "see `trtpass passes`"
+            f"unknown pass '{name}'",
+            f"one of: {', '.join(methods)}",
+            f"use '{close[0]}'" if close else "see `trtpass passes`",
         )
     cls = methods[name]
     hints = typing.get_type_hints(cls.Options)
@@ -152,7 +158,11 @@ def parse(text: str) -> Pass:
 
 def _convert(name: str, key: str, value: str, wanted: Any) -> Any:
     """One option value to its annotated type (int, float, bool, str, or one of these or None)."""
-    choices = [t for t in typing.get_args(wanted) if t is not types.NoneType] if isinstance(wanted, types.UnionType) else [wanted]
+    choices = (
+        [t for t in typing.get_args(wanted) if t is not types.NoneType]
+        if isinstance(wanted, types.UnionType)
+        else [wanted]
+    )
     if len(choices) < len(typing.get_args(wanted)) and value.lower() == "none":
         return None
     for kind in choices:

@@ -1,0 +1,177 @@
+"""Raise attention: decomposed softmax(q k^T) v, expanded KV heads, and masks that are proved causal."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from trtpass.causality import prove_causal
+from trtpass.ir import const_ints, const_scalar, dims, int_attr, is_op, make_node
+
+
+def raise_causal(graph: ir.Graph) -> tuple[int, list[str]]:
+    """Drop each mask that is proved causal and set ``is_causal``; a mask shared by all layers is proved once."""
+    applied, near, proofs = 0, [], dict[int, str]()
+    for node in graph:
+        if not is_op(node, "Attention") or len(node.inputs) < 4 or (mask := node.inputs[3]) is None:
+            continue
+        if any(v is not None for v in node.inputs[4:]):
+            near.append(f"Attention '{node.name}': it reads a KV cache, so its mask is left as it is")
+            continue
+        if int_attr(node, "is_causal", 0):
+            near.append(f"Attention '{node.name}': a mask beside is_causal is left as it is")
+            continue
+        lengths = [dims(v)[2] if (dims(v) or []) and len(dims(v) or []) == 4 else None for v in node.inputs[:2]]  # type: ignore[index]
+        if lengths[0] is None or lengths[0] != lengths[1]:
+            near.append(f"Attention '{node.name}': query and key lengths {lengths} are not known to be equal")
+            continue
+        if id(mask) not in proofs:
+            proofs[id(mask)] = prove_causal(mask)
+        if reason := proofs[id(mask)]:
+            near.append(f"Attention '{node.name}': {reason}")
+            continue
+        node.replace_input_with(3, None)
+        node.resize_inputs(3)
+        node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
+        applied += 1
+    return applied, near
+
+
+def raise_grouped(graph: ir.Graph) -> tuple[int, list[str]]:
+    """Feed K and V to attention in their own Hkv heads where they were expanded to H (head h read KV head h // G)."""
+    applied, near = 0, []
+    for node in graph:
+        if not is_op(node, "Attention") or len(node.inputs) < 3:
+            continue
+        sources = [_unexpanded(v) for v in node.inputs[1:3]]
+        if all(isinstance(s, ir.Value) for s in sources):
+            node.replace_input_with(1, sources[0])  # type: ignore[arg-type]
+            node.replace_input_with(2, sources[1])  # type: ignore[arg-type]
+            applied += 1
+        elif reasons := [s for s in sources if isinstance(s, str) and s]:
+            near.append(f"Attention '{node.name}': {reasons[0]}")
+    return applied, near
+
+
+def _unexpanded(value: ir.Value | None) -> ir.Value | str:
+    """``[B, Hkv, S, D]`` above Unsqueeze(2), Expand(G), Reshape to ``[B, H, S, D]``; "" if there is no such expansion."""
+    reshape = None if value is None else value.producer()
+    if not is_op(reshape, "Reshape"):
+        return ""
+    expand = reshape.inputs[0].producer() if reshape.inputs[0] is not None else None  # type: ignore[union-attr]
+    if not is_op(expand, "Expand", "Tile"):
+        return ""
+    lift = expand.inputs[0].producer() if expand.inputs[0] is not None else None  # type: ignore[union-attr]
+    if not is_op(lift, "Unsqueeze") or const_ints(lift.inputs[1]) not in ([2], [-3]):  # type: ignore[union-attr]
+        return "KV heads are expanded, but not on an axis just after the head axis"
+    source = lift.inputs[0]  # type: ignore[union-attr]
+    before, wide, after = dims(source), dims(expand.outputs[0]), dims(value)  # type: ignore[union-attr]
+    if (
+        source is None
+        or before is None
+        or wide is None
+        or after is None
+        or (len(before), len(wide), len(after)) != (4, 5, 4)
+    ):
+        return "the shapes around the expansion of KV heads are not known"
+    heads, groups = before[1], wide[2]
+    if not (
+        isinstance(heads, int) and isinstance(groups, int) and after[1] == heads * groups and after[3] == before[3]
+    ):
+        return f"KV heads {before} expand to {wide} and then {after}, which is not a repeat by head"
+    return source
+
+
+def raise_decomposed(graph: ir.Graph) -> tuple[int, list[str]]:
+    """Replace ``Softmax(MatMul(q, k^T) * scale + mask) MatMul v`` over ``[B, H, S, D]`` by Attention."""
+    applied, near = 0, []
+    for node in list(graph):
+        if is_op(node, "Softmax") and (shape := dims(node.outputs[0])) is not None and len(shape) == 4:
+            reason = _fuse(graph, node)
+            if reason:
+                near.append(f"Softmax '{node.name}': {reason}")
+            else:
+                applied += 1
+    return applied, near
+
+
+def _fuse(graph: ir.Graph, softmax: ir.Node) -> str:
+    if int_attr(softmax, "axis", -1) not in (-1, 3):
+        return "it is not over the key axis"
+    weighted = _after_nan_guard(softmax)
+    if weighted is None or weighted.inputs[1] is None:
+        return "its output is not used by exactly one MatMul with values"
+    scores, mask, scale = softmax.inputs[0], None, 1.0
+    node = scores.producer() if scores is not None else None
+    if is_op(node, "Add"):
+        side = next((i for i in (0, 1) if node.inputs[i] is not None and _is_scores(node.inputs[i])), None)  # type: ignore[union-attr,arg-type]
+        if side is None:
+            return "no MatMul below the mask"
+        mask, node = node.inputs[1 - side], node.inputs[side].producer()  # type: ignore[union-attr]
+    while is_op(node, "Mul", "Div"):
+        factor = const_scalar(node.inputs[1])  # type: ignore[union-attr]
+        if factor is None or not factor or node.inputs[0] is None:  # type: ignore[union-attr]
+            return "scores are scaled by something that is not a constant"
+        scale *= factor if node.op_type == "Mul" else 1.0 / factor  # type: ignore[union-attr]
+        node = node.inputs[0].producer()  # type: ignore[union-attr]
+    if not is_op(node, "MatMul"):
+        return "its input is not a MatMul of queries and keys"
+    q, factor_q = _unscaled(node.inputs[0])  # type: ignore[union-attr]
+    kt, factor_k = _unscaled(node.inputs[1])  # type: ignore[union-attr]
+    transpose = None if kt is None else kt.producer()
+    if not is_op(transpose, "Transpose") or list(transpose.attributes["perm"].value)[-2:] != [3, 2]:  # type: ignore[union-attr]
+        return "keys are not transposed on their last two axes before the product"
+    perm = list(transpose.attributes["perm"].value)  # type: ignore[union-attr]
+    k, v, out = transpose.inputs[0], weighted.inputs[1], weighted.outputs[0]  # type: ignore[union-attr]
+    new: list[ir.Node] = []
+    if perm != [0, 1, 3, 2]:
+        return f"keys are transposed by {perm}"
+    scale *= factor_q * factor_k
+    if q is None or k is None or any(dims(x) is None or len(dims(x) or []) != 4 for x in (q, k, v)):
+        return "q, k or v is not known to be 4-D"
+    inputs = [q, k, v] + ([mask] if mask is not None else [])
+    attention = make_node(
+        "Attention", inputs, [(f"{out.name}_attention", out.dtype, out.shape)], {"scale": float(scale)}
+    )
+    new.append(attention)
+    ir.convenience.replace_nodes_and_values(graph, weighted, [weighted], new, [out], [attention.outputs[0]])
+    return ""
+
+
+def _after_nan_guard(softmax: ir.Node) -> ir.Node | None:
+    """The MatMul with V, past ``Where(IsNaN(p), 0, p)`` and Cast, which exporters put behind softmax."""
+    value = softmax.outputs[0]
+    for _ in range(4):
+        consumers = list(value.consumers())
+        if len(consumers) == 1 and is_op(consumers[0], "MatMul") and consumers[0].inputs[0] is value:
+            return consumers[0]
+        where = next(
+            (c for c in consumers if is_op(c, "Where") and c.inputs[2] is value and const_scalar(c.inputs[1]) == 0),
+            None,
+        )
+        rest = [c for c in consumers if c is not where]
+        if where is not None and all(is_op(c, "IsNaN") for c in rest):
+            value = where.outputs[0]
+        elif len(consumers) == 1 and is_op(consumers[0], "Cast", "Identity"):
+            value = consumers[0].outputs[0]
+        else:
+            return None
+    return None
+
+
+def _is_scores(value: ir.Value) -> bool:
+    node = value.producer()
+    for _ in range(3):
+        if is_op(node, "MatMul"):
+            return True
+        if not is_op(node, "Mul", "Div") or node.inputs[0] is None:  # type: ignore[union-attr]
+            return False
+        node = node.inputs[0].producer()  # type: ignore[union-attr]
+    return False
+
+
+def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
+    """The tensor before a multiplication by a constant (exporters put sqrt(scale) on q and on k), and the constant."""
+    node = None if value is None else value.producer()
+    if is_op(node, "Mul") and (factor := const_scalar(node.inputs[1])) is not None:  # type: ignore[union-attr]
+        return node.inputs[0], float(factor)  # type: ignore[union-attr]
+    return value, 1.0
