@@ -1,0 +1,56 @@
+"""float32 arrays to float16, with the failures that a silent cast would hide."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from trtpass.errors import InputError
+
+HALF_MAX = float(np.finfo(np.float16).max)
+SINGLE_MAX = float(np.finfo(np.float32).max)
+_CHUNK = 1 << 24  # elements converted at a time: bounds the temporaries of the range check to 100 MB
+
+
+def half_array(array: np.ndarray, name: str) -> np.ndarray:
+    """``array`` (float32) rounded to float16; the lowest and highest float32 (mask fillers) become float16's.
+
+    Raises:
+        InputError: another finite value beyond +-65504, or a nonzero scalar (an epsilon) that would become zero.
+    """
+    flat = np.ascontiguousarray(array).reshape(-1)
+    out = np.empty(flat.shape, np.float16)
+    for start in range(0, flat.size, _CHUNK):
+        part = flat[start : start + _CHUNK]
+        with np.errstate(over="ignore"):
+            half = part.astype(np.float16)
+        over = np.isinf(half) & np.isfinite(part)
+        if over.any():
+            filler = over & (np.abs(part) == SINGLE_MAX)
+            half[filler] = np.copysign(np.float16(HALF_MAX), half[filler])
+            over &= ~filler
+            if over.any():
+                worst = float(part[over][np.argmax(np.abs(part[over]))])
+                raise InputError(
+                    f"weight '{name}' holds {worst:.6g}, beyond the range of float16",
+                    f"finite values within +-{HALF_MAX:.0f}",
+                    "build for a float32 target (portable or cpu), or rescale that weight",
+                )
+        out[start : start + _CHUNK] = half
+    if flat.size == 1 and flat[0] != 0 and out[0] == 0:
+        raise InputError(
+            f"constant '{name}' = {flat[0]:.3g} becomes 0 in float16",
+            "an epsilon of at least 6e-8",
+            "raise the normalisation to RMSNormalization or LayerNormalization, whose epsilon stays float32",
+        )
+    return out.reshape(array.shape)
+
+
+def lazy_half(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
+    """A float16 edition of a float32 tensor that reads it only when it is written, and then holds it only once."""
+    return ir.LazyTensor(
+        lambda: ir.tensor(half_array(tensor.numpy(), name), name=name),
+        dtype=ir.DataType.FLOAT16,
+        shape=ir.Shape(list(tensor.shape)),
+        name=name,
+    )
