@@ -40,9 +40,9 @@ def decoder(
 ) -> ir.Model:
     """``input_ids int64 [batch, sequence] -> logits [batch, sequence, vocab]`` in canonical form (docs/design.md).
 
-    Embedding Gather, then per layer RMSNormalization, q/k/v MatMul, Reshape and Transpose to ``[B, H, S, D]``, (norm of q and k
-    a head with ``qk_norm``,) RotaryEmbedding, grouped causal Attention, o_proj, gated MLP; final norm and lm_head. Weights
-    come from ``seed`` alone.
+    Embedding Gather, then per layer RMSNormalization, q/k/v MatMul, Reshape and Transpose to ``[B, H, S, D]``, with
+    ``qk_norm`` a norm of each head of q and k, RotaryEmbedding, grouped causal Attention, o_proj, gated MLP; final norm
+    and lm_head. Weights come from ``seed`` alone.
     """
     rng = np.random.default_rng(seed)
     op = _Ops()

@@ -30,7 +30,7 @@ _COUNTERS = ("Range", "CumSum", "NonZero")
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """``phase``: prefill or decode. ``capacity``: slots a row (None: symbolic). ``logits``: of ``last`` or ``all`` tokens.
+    """``phase``: prefill or decode. ``capacity``: slots a row (None: symbolic). ``logits``: ``last`` or ``all`` tokens.
 
     Raises:
         InputError: another phase, another kind of logits, or a capacity below 1.
@@ -59,7 +59,7 @@ class CacheSite:
 
 
 class InsertCache(Pass):
-    """A static KV cache: ``past.{i}.key`` in, ``present.{i}.key`` out, written by TensorScatter (in place if aliased)."""
+    """A static KV cache: ``past.{i}.key`` in, ``present.{i}.key`` out, by TensorScatter (in place where they alias)."""
 
     name = "cache"
     summary = "inserts a static KV cache"
@@ -251,7 +251,7 @@ def _other_counter(graph: ir.Graph, anchors: Anchors) -> ir.Node | None:
 
 
 def _offset_positions(graph: ir.Graph, anchors: Anchors, past: ir.Value) -> None:
-    """positions [1 or B, T] + past [B] -> [B, T] for all that read positions; shapes below are cleared, to be inferred."""
+    """positions [1 or B, T] + past [B] -> [B, T] for all that read positions; shapes below are inferred anew."""
     positions = anchors.positions
     producer = None if positions is None else positions.producer()
     if positions is None or producer is None:  # no rotary embedding and no counter: nothing depends on the position
