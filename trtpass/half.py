@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import onnx_ir as ir
 
@@ -9,6 +11,7 @@ from trtpass.errors import InputError
 
 HALF_MAX = float(np.finfo(np.float16).max)
 SINGLE_MAX = float(np.finfo(np.float32).max)
+_LAZY: weakref.WeakValueDictionary[int, ir.LazyTensor] = weakref.WeakValueDictionary()
 _CHUNK = 1 << 24  # elements converted at a time: bounds the temporaries of the range check to 100 MB
 
 
@@ -47,10 +50,16 @@ def half_array(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def lazy_half(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
-    """A float16 edition of a float32 tensor that reads it only when it is written, and then holds it only once."""
-    return ir.LazyTensor(
-        lambda: ir.tensor(half_array(tensor.numpy(), name), name=name),
-        dtype=ir.DataType.FLOAT16,
-        shape=ir.Shape(list(tensor.shape)),
-        name=name,
-    )
+    """A float16 edition of a float32 tensor that reads it only when it is written, and then holds it only once.
+
+    The same tensor gives the same object, so that prefill and decode graphs go on sharing their weights.
+    """
+    known = _LAZY.get(id(tensor))
+    if known is None:
+        known = _LAZY[id(tensor)] = ir.LazyTensor(
+            lambda: ir.tensor(half_array(tensor.numpy(), name), name=name),  # keeps `tensor` alive, and so its id
+            dtype=ir.DataType.FLOAT16,
+            shape=ir.Shape(tensor.shape),  # type: ignore[arg-type]
+            name=name,
+        )
+    return known

@@ -4,7 +4,7 @@ Every float32 value is one of three kinds while the graph is walked in order:
 
 * ``HALF``: becomes float16. Graph inputs are, and so is whatever is computed together with one;
 * ``SINGLE``: stays float32 on purpose: what follows a ``Cast`` to float32 (positions on their way to cos and sin,
-  scores in operator bodies), what a schema fixes to float32, and sums that leave float16's range (``Pow``, ``ReduceMean``);
+  scores in operator bodies), what a schema fixes to float32, and sums that may leave float16's range;
 * ``WEAK``: depends on no float32 value but constants, so it can be had in either type: it is made again in float16
   where a float16 operator asks for it, without a cast at run time.
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -349,8 +350,10 @@ class Fp16(Pass):
     method = False
 
     @dataclass(frozen=True)
-    class Options:
+    class NoOptions:
         """None."""
+
+    Options: ClassVar[type] = NoOptions
 
     def requires(self, model: ir.Model, anchors: Anchors) -> None:
         """Nothing: any graph of standard operators and model-local functions."""

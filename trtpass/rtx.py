@@ -1,0 +1,267 @@
+"""The target ``tensorrt-rtx``: strongly typed float16 plans, built ahead of time on a machine without a GPU.
+
+``lower`` makes a graph that TensorRT-RTX reads rightly, ``build_plan`` builds it in a process of its own. A plan
+runs only on a GPU of a compute capability that it was built for; nothing here executes one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from trtpass.errors import InputError
+from trtpass.ir import check
+from trtpass.passes.explicit_masks import NONPAD, explicit_masks
+from trtpass.staging import replacing
+
+SMS = ("SM75", "SM80", "SM86", "SM89", "SM120")
+OFFERED = (*SMS, "SM121", "CURRENT")
+INSTALL = "pip install 'trtpass[rtx]' (tensorrt-rtx-cu13, Linux x86-64 or Windows)"
+_UNSUPPORTED = {
+    "NonZero": "its length depends on data",
+    "Scan": "use Loop",
+}
+
+Profile = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
+Progress = Callable[[str, float], None]
+
+__all__ = ["OFFERED", "SMS", "PlanReport", "available", "build_plan", "explicit_masks", "lower"]
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """A plan that was built. Memory and sizes in bytes, time in seconds.
+
+    ``layers`` counts the parsed network's layers, before fusion; ``decomposed`` says that attentions without a fused
+    kernel (float32, or a head width such as 8) were allowed to become matrix products and softmax.
+    """
+
+    path: str
+    bytes: int
+    sha256: str
+    compute_capabilities: tuple[str, ...]
+    layers: int
+    attentions: int
+    decomposed: bool
+    inputs: dict[str, str]
+    seconds: float
+    peak_memory: int
+    warnings: tuple[str, ...]
+    version: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for a manifest."""
+        return asdict(self)
+
+
+def available() -> bool:
+    """Whether the package is installed (it is not imported)."""
+    return importlib.util.find_spec("tensorrt_rtx") is not None
+
+
+def lower(model: ir.Model) -> ir.Model:
+    """A copy of a prefill, decode or stateless graph for TensorRT-RTX: static bodies, float16, explicit masks.
+
+    Raises:
+        InputError: an operator without a static body, a symbolic cache, or types that cannot become float16.
+    """
+    from trtpass.passes.lower import inline_bodies
+    from trtpass.passes.precision import to_fp16
+
+    copy = model.clone()
+    inline_bodies(copy, "static")
+    to_fp16(copy)
+    explicit_masks(copy)
+    copy.metadata_props["trtpass.target"] = "tensorrt-rtx"
+    check(copy, "the graph lowered to 'tensorrt-rtx'")
+    return copy
+
+
+def build_plan(
+    onnx_path: str | Path,
+    plan_path: str | Path,
+    *,
+    compute_capabilities: Sequence[str] = SMS,
+    profile: Profile,
+    progress: Progress | None = None,
+) -> PlanReport:
+    """Build one plan for all given compute capabilities, and write it whole or not at all.
+
+    Attention gets TensorRT's fused kernels; if the builder has none for a type or width, it is built once more with
+    attention decomposed, and the report says so.
+
+    Args:
+        onnx_path: a graph made by ``lower`` and saved.
+        plan_path: the file to write.
+        compute_capabilities: of ``OFFERED``; CURRENT needs a GPU in this machine.
+        profile: ``(min, opt, max)`` shapes of each dynamic input.
+        progress: called with a phase's name and the done fraction of it, 0 to 1.
+
+    Raises:
+        InputError: package missing, unknown capability, unreadable file, operators that the parser does not take, an
+            input that it leaves unused, a profile that does not fit, a failed build, or a full disk.
+    """
+    source, target = Path(onnx_path), Path(plan_path)
+    if not available():
+        raise InputError("the package tensorrt-rtx is not installed", "Python package tensorrt_rtx", INSTALL)
+    unknown = [name for name in compute_capabilities if name not in OFFERED]
+    if unknown or not compute_capabilities or len(set(compute_capabilities)) != len(compute_capabilities):
+        raise InputError(
+            f"compute capabilities {', '.join(compute_capabilities) or 'none'}",
+            f"some of {', '.join(OFFERED)}, each once",
+        )
+    size = precheck(source)
+    with replacing(target, size) as handle:
+        request = {
+            "onnx": str(source.resolve()),
+            "descriptor": handle.fileno(),
+            "compute_capabilities": list(compute_capabilities),
+            "profile": {name: [list(map(int, s)) for s in shapes] for name, shapes in profile.items()},
+            "decompose": False,
+        }
+        try:
+            result = _run(request, progress)
+        except InputError as error:
+            if "is_decomposable" not in error.found:
+                raise
+            handle.seek(0)
+            handle.truncate()
+            request["decompose"] = True
+            result = _run(request, progress)
+    result["warnings"] = tuple(w for w in result["warnings"] if not _is_noise(w))
+    return PlanReport(
+        path=str(target),
+        compute_capabilities=tuple(compute_capabilities),
+        decomposed=bool(request["decompose"]),
+        **result,
+    )
+
+
+def _is_noise(warning: str) -> bool:
+    """Parser chatter: int64 reminders, and names of nodes in a function that is called more than once."""
+    return "Int64 binding" in warning or "will not be queryable" in warning
+
+
+def precheck(path: Path) -> int:
+    """Refuse what the parser would misread or abort on; returns the bytes of the model with its external weights.
+
+    Raises:
+        InputError: not an ONNX file, nodes of a domain that is neither standard nor a function of the model, valid
+            lengths inside Attention, or a cache of symbolic length; all findings in one message.
+    """
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise InputError(f"{path} cannot be read as ONNX: {error}", "an ONNX file") from error
+    functions = {(f.domain, f.name) for f in model.functions}
+    shapes = {v.name: v for v in (*model.graph.input, *model.graph.value_info, *model.graph.output)}
+    found: dict[str, list[str]] = {}
+    graphs: list[Any] = [model.graph, *model.functions]
+    while graphs:
+        for node in graphs.pop().node:
+            graphs += [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+            reason = _refused(node, functions, shapes)
+            if reason:
+                found.setdefault(reason, []).append(node.name or node.output[0])
+    if found:
+        parts = [f"{reason}: {_some(names)}" for reason, names in found.items()]
+        raise InputError(
+            f"TensorRT-RTX cannot build {path}: {'; '.join(parts)}",
+            "standard operators over a cache of fixed capacity, with explicit masks",
+            "lower the graph for the target tensorrt-rtx before the build",
+        )
+    return path.stat().st_size + sum(f.stat().st_size for f in _external_files(model, path.parent) if f.exists())
+
+
+def _refused(node: onnx.NodeProto, functions: set[tuple[str, str]], shapes: Mapping[str, Any]) -> str:
+    """Why this node would be misread, or an empty string."""
+    if (node.domain, node.op_type) in functions:
+        return ""
+    if node.domain not in ("", "ai.onnx"):
+        return f"{node.domain}::{node.op_type} is not standard and has no body (this TensorRT has no plugins)"
+    if node.op_type in _UNSUPPORTED:
+        return f"{node.op_type} is not supported ({_UNSUPPORTED[node.op_type]})"
+    inputs = [bool(name) for name in node.input]
+    if node.op_type == "Attention" and len(inputs) > NONPAD and inputs[NONPAD]:
+        return "Attention has nonpad_kv_seqlen, which the parser silently ignores"
+    if node.op_type == "Attention" and any(inputs[4:NONPAD]):
+        return "Attention reads past_key or past_value"
+    if node.op_type == "TensorScatter" and (info := shapes.get(node.input[0])) is not None:
+        axis = next((a.i for a in node.attribute if a.name == "axis"), -2)
+        dimension = info.type.tensor_type.shape.dim[axis]
+        if not dimension.HasField("dim_value"):
+            return f"TensorScatter over a cache of symbolic length '{dimension.dim_param}'"
+    return ""
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _external_files(model: onnx.ModelProto, folder: Path) -> Iterator[Path]:
+    names = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
+    return (folder / name for name in sorted(names))
+
+
+def _run(request: Mapping[str, Any], progress: Progress | None) -> dict[str, Any]:
+    """One request to a worker process; its errors are raised here, its death is an InputError with its last words."""
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    with tempfile.TemporaryFile("w+") as words:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "trtpass.rtx_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=words,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+            pass_fds=[request["descriptor"]],
+        )
+        try:
+            if worker.stdin is None or worker.stdout is None:
+                raise InputError("the TensorRT-RTX process has no pipes")
+            with worker.stdin as pipe:
+                pipe.write(json.dumps(request) + "\n")
+            answer = _listen(worker.stdout, progress)
+            code = worker.wait()
+        finally:
+            if worker.poll() is None:  # Ctrl-C, or an error in `progress`
+                worker.kill()
+                worker.wait()
+            worker.stdout.close() if worker.stdout else None
+        if answer is None:
+            words.seek(0)
+            last = " ".join(words.read().split())[-600:]
+            raise InputError(
+                f"the TensorRT-RTX process ended (exit code {code}) on {request['onnx']}: {last or 'no words'}",
+                "a build that ends",
+                "run `trtpass doctor`; a code of -9 means that memory ran out",
+            )
+    if "error" in answer:
+        raise InputError(*answer["error"])
+    if "oserror" in answer:
+        raise OSError(*answer["oserror"])
+    return dict(answer["result"])
+
+
+def _listen(lines: IO[str], progress: Progress | None) -> dict[str, Any] | None:
+    answer = None
+    for line in lines:
+        message = json.loads(line)
+        if "phase" not in message:
+            answer = message
+        elif progress is not None:
+            progress(message["phase"], message["fraction"])
+    return answer
