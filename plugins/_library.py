@@ -1,4 +1,4 @@
-"""Bodies as onnx-ir functions, for passes that put them into a model."""
+"""Bodies as functions that can be put into a model."""
 
 from __future__ import annotations
 
@@ -13,37 +13,46 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def function_proto(op: Op, kind: str) -> onnx.FunctionProto:
-    """The body of an operator as a protobuf; ``kind`` is ``dynamic`` or ``static``.
-
-    Raises:
-        InputError: the operator has no body of that kind.
-    """
-    if kind not in op.bodies:
-        raise InputError(f"{op.name} has no {kind} body", f"one of {', '.join(sorted(op.bodies)) or 'none'}")
-    proto = op.bodies[kind]().to_function_proto()
-    proto.domain, proto.name, proto.doc_string = DOMAIN, op.name, ""
-    return proto
-
-
 @cache
-def _built(name: str, kind: str) -> bytes:
+def _compiled(name: str, kind: str) -> bytes:
+    """The serialized body: helpers that it calls are inlined, so that it stands alone; named as its operator."""
+    import onnx_ir as ir
+    from onnx_ir.passes.common import InlinePass
+
     from plugins import all_ops
+    from plugins._body import op as opset
 
-    return function_proto(all_ops()[name], kind).SerializeToString()
+    source = all_ops()[name].bodies[kind]()
+    parts = [source, *source.function_ir.get_called_functions().values()]
+    functions = [ir.serde.deserialize_function(part.to_function_proto()) for part in parts]
+    empty = ir.Graph([], [], nodes=[], opset_imports={"": opset.version, DOMAIN: source.opset.version}, name=name)
+    model = ir.Model(empty, ir_version=10, functions=functions)
+    InlinePass(criteria=lambda function: function.name != source.name)(model)
+    (function,) = model.functions.values()
+    function.opset_imports.pop(DOMAIN, None)
+    function.name = name
+    return ir.serde.serialize_function(function).SerializeToString()
 
 
-def function(op: Op, kind: str) -> ir.Function:
-    """The body of an operator as an onnx-ir function in domain ``trtpass``, a fresh copy at each call.
-
-    Compiling the onnxscript source is cached; a copy is handed out because a function belongs to one model.
+def function_proto(op: Op, kind: str) -> onnx.FunctionProto:
+    """The body of an operator as a protobuf message in domain ``trtpass``; ``kind`` is ``dynamic`` or ``static``.
 
     Raises:
         InputError: the operator has no body of that kind.
     """
     import onnx
-    import onnx_ir as ir
 
     if kind not in op.bodies:
         raise InputError(f"{op.name} has no {kind} body", f"one of {', '.join(sorted(op.bodies)) or 'none'}")
-    return ir.serde.deserialize_function(onnx.FunctionProto.FromString(_built(op.name, kind)))
+    return onnx.FunctionProto.FromString(_compiled(op.name, kind))
+
+
+def function(op: Op, kind: str) -> ir.Function:
+    """The body of an operator as an onnx-ir function, a fresh copy at each call (a function belongs to one model).
+
+    Raises:
+        InputError: the operator has no body of that kind.
+    """
+    import onnx_ir as ir
+
+    return ir.serde.deserialize_function(function_proto(op, kind))

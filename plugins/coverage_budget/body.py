@@ -8,9 +8,7 @@ from plugins._body import TRTPASS, op
 
 
 @script(TRTPASS, default_opset=op)
-def CoverageBudget(
-    mass, lengths, coverage_ppm: int = 5000, window: int = 128, min_tokens: int = 1024, prefix: int = 1
-):
+def CoverageBudget(mass, lengths, coverage_ppm: int = 5000, window: int = 128, min_tokens: int = 1024, prefix: int = 1):
     zero = op.Constant(value_int=0)
     one = op.Constant(value_int=1)
     million = op.Constant(value_int=1000000)

@@ -75,16 +75,16 @@ OP = token_sparse_attention
 
 @OP.body("dynamic")
 def _dynamic() -> Any:
-    from plugins.token_sparse_attention.body import dynamic
+    from plugins.token_sparse_attention.body import branching
 
-    return dynamic
+    return branching
 
 
 @OP.body("static")
 def _static() -> Any:
-    from plugins.token_sparse_attention.body import TokenSparseAttention
+    from plugins.token_sparse_attention.body import gathered
 
-    return TokenSparseAttention
+    return gathered
 
 
 @OP.cases

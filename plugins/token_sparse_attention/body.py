@@ -16,12 +16,11 @@ from plugins._body import TRTPASS, op
 
 
 @script(TRTPASS, default_opset=op)
-def TokenSparseAttention(q, k, v, index, count, scale: float = 0.0):
+def gathered(q, k, v, index, count, scale: float = 0.0):
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     minus_one = op.Constant(value_ints=[-1])
     axis2 = op.Constant(value_ints=[2])
-    axis3 = op.Constant(value_ints=[3])
     sets = op.Shape(index, start=0, end=2)  # [2]: B, N
     slots = op.Shape(index, start=2, end=3)  # [1]: C
     tokens = op.Shape(q, start=2, end=3)  # [1]: S
@@ -53,14 +52,27 @@ def TokenSparseAttention(q, k, v, index, count, scale: float = 0.0):
     target = op.Where(index < tokens32, index, tokens32 + slot)
     empty = op.Expand(op.Cast(slots, to=6), op.Concat(sets, tokens + slots, axis=0))  # [B, N, S + C]
     slot_of = op.ScatterElements(empty, target, op.Expand(slot, op.Shape(index)), axis=2)
-    slot_of = op.Slice(slot_of, zero, tokens, axis2)  # [B, N, S]
+    slot_of = op.Unsqueeze(op.Slice(slot_of, zero, tokens, axis2), axis2)  # [B, N, 1, S]
     first_slot = op.Cast(op.Reshape(head_number * slots, per_set), to=6)  # [B, N, H / N, 1]
-    source = first_slot + op.Unsqueeze(op.Min(slot_of, op.Cast(slots - one, to=6)), axis2)  # [B, N, H / N, S]
-    selected = op.Unsqueeze(op.Expand(op.Unsqueeze(slot_of < op.Cast(slots, to=6), axis2), op.Shape(source)), minus_one)
-    heads_first = op.Shape(q, start=0, end=3)
-    spread = op.Gather(
-        op.Reshape(attended, op.Concat(minus_one, op.Shape(v, start=3, end=4), axis=0)),
-        op.Reshape(source, heads_first),
-    )  # [B, H, S, Dv]
-    mask = op.Reshape(selected, op.Concat(heads_first, one, axis=0))
-    return op.Where(mask, spread, op.CastLike(0.0, spread))
+    zero_row = op.Cast(all_heads * slots, to=6)
+    source = op.Where(slot_of < op.Cast(slots, to=6), first_slot + slot_of, zero_row)  # [B, N, H / N, S]
+    value_width = op.Shape(v, start=3, end=4)
+    flat = op.Reshape(attended, op.Concat(minus_one, value_width, axis=0))  # [B H C, Dv]
+    nothing = op.Expand(op.CastLike(0.0, v), op.Concat(one, value_width, axis=0))
+    return op.Gather(op.Concat(flat, nothing, axis=0), op.Reshape(source, op.Shape(q, start=0, end=3)))
+
+
+@script(TRTPASS, default_opset=op)
+def branching(q, k, v, index, count, scale: float = 0.0):
+    """Plain causal attention where every token of every set is selected, else ``gathered`` over the largest count."""
+    zero = op.Constant(value_ints=[0])
+    one = op.Constant(value_ints=[1])
+    tokens = op.Cast(op.Shape(q, start=2, end=3), to=6)  # [1]: S
+    if op.Squeeze(op.ReduceMin(count, keepdims=0) == tokens):
+        ratio = op.Where(scale == 0.0, 1.0, scale * op.Sqrt(op.Cast(op.Shape(q, start=3, end=4), to=1)))
+        out = op.Attention(q, k * op.CastLike(ratio, k), v, is_causal=1)
+    else:
+        largest = op.Max(op.Reshape(op.Cast(op.ReduceMax(count, keepdims=0), to=7), one), one)
+        cut = op.Slice(index, zero, largest, op.Constant(value_ints=[2]))
+        out = gathered(q, k, v, cut, count, scale=scale)
+    return out
