@@ -1,7 +1,13 @@
-"""What ONNX bodies share: the opset they are written in, the domain they define, and the one way to declare them."""
+"""What ONNX bodies share: the opset they are written in, the domain they define, and the types of their values.
+
+The types are for readers and onnxscript: shapes are stated beside each value instead, and one body serves both floats.
+"""
 
 from __future__ import annotations
 
+from typing import Any, Union
+
+from onnxscript import FLOAT, FLOAT16, INT32
 from onnxscript.onnx_opset import opset24 as op
 from onnxscript.values import Opset
 
@@ -10,4 +16,8 @@ from trtpass.op import DOMAIN, VERSION
 TRTPASS = Opset(DOMAIN, VERSION)
 FLOAT32_MAX = 3.4028234663852886e38
 
-__all__ = ["FLOAT32_MAX", "TRTPASS", "op"]
+Float32: Any = FLOAT[...]
+Floats: Any = Union[FLOAT[...], FLOAT16[...]]  # noqa: UP007  (onnxscript does not read X | Y)
+Int32: Any = INT32[...]
+
+__all__ = ["FLOAT32_MAX", "TRTPASS", "Float32", "Floats", "Int32", "op"]

@@ -31,7 +31,11 @@ def _compiled(name: str, kind: str) -> bytes:
     (function,) = model.functions.values()
     function.opset_imports.pop(DOMAIN, None)
     function.name = name
-    return ir.serde.serialize_function(function).SerializeToString()
+    for number, node in enumerate(function.all_nodes()):
+        node.name = f"{node.op_type}_{number}"  # unique in subgraphs too, as parsers want them
+    proto = ir.serde.serialize_function(function)
+    proto.ClearField("value_info")  # types follow from the inputs: one body serves float32 and float16
+    return proto.SerializeToString()
 
 
 def function_proto(op: Op, kind: str) -> onnx.FunctionProto:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from onnxscript import script
 
-from plugins._body import TRTPASS, op
+from plugins._body import TRTPASS, Float32, Floats, Int32, op
 
 
 @script(TRTPASS, default_opset=op)
-def ColumnMass(q, k, lengths, window: int = 128, pool: int = 7, prefix: int = 0, scale: float = 0.0):
+def ColumnMass(
+    q: Floats, k: Floats, lengths: Int32, window: int = 128, pool: int = 7, prefix: int = 0, scale: float = 0.0
+) -> Float32:
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     minus_one = op.Constant(value_ints=[-1])

@@ -16,9 +16,9 @@ MILLION = 10**6
 
 @op(
     name="CoverageBudget",
-    source="Token Sparse Attention, arXiv 2602.03216, section 3 (dynamic token coverage); prefix=1 as its published code",
+    source="Token Sparse Attention, arXiv 2602.03216, section 3 (dynamic token coverage); prefix=1: its published code",
     shape=lambda d, a: {"keep": (d.B,)},
-    tolerance=Tolerance(atol={}, rtol={}, reason="integers from fixed-point sums: equal, whatever the order of adding"),
+    tolerance=Tolerance(atol={}, rtol={}, reason="an integer made of fixed-point sums: equal in any order of adding"),
 )
 def coverage_budget(
     mass: Annotated[Tensor, Port("B H S", FLOAT32)],
@@ -40,7 +40,7 @@ def coverage_budget(
         lengths: valid tokens of each row `[B]`.
         coverage_ppm: share of the mass that may be pruned, in millionths.
         window: query rows that voted; with ``prefix`` also the columns at the end of a row that are always kept.
-        min_tokens: rows of at most ``min_tokens + window`` tokens stay dense; with ``prefix`` a floor beside the window.
+        min_tokens: rows of at most ``min_tokens + window`` tokens stay dense; with ``prefix`` a floor, window aside.
         prefix: 0, the paper: columns [0, L), keep = max(1, L - n). 1, the published code: columns [0, L - window),
             dense if n <= 1, else keep = max(min_tokens, (L - window) - n) + window, at most L.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from onnxscript import script
 
-from plugins._body import TRTPASS, op
+from plugins._body import TRTPASS, Float32, Int32, op
 
 
 @script(TRTPASS, default_opset=op)
-def CoverageBudget(mass, lengths, coverage_ppm: int = 5000, window: int = 128, min_tokens: int = 1024, prefix: int = 1):
+def CoverageBudget(
+    mass: Float32, lengths: Int32, coverage_ppm: int = 5000, window: int = 128, min_tokens: int = 1024, prefix: int = 1
+) -> Int32:
     zero = op.Constant(value_int=0)
     one = op.Constant(value_int=1)
     million = op.Constant(value_int=1000000)

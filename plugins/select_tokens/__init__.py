@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 @op(
     name="SelectTokens",
-    source="Token Sparse Attention, arXiv 2602.03216, section 3 (per-head top-k, sorted); protected window as in SnapKV, "
-    "arXiv 2404.14469, section 4",
+    source="Token Sparse Attention, arXiv 2602.03216, section 3 (per-head top-k, sorted); protected window as in "
+    "SnapKV, arXiv 2404.14469, section 4",
     shape=lambda d, a: {"index": (d.B, d.N, (d.S * a.max_keep_permille + 999) // 1000), "count": (d.B, d.N)},
     tolerance=Tolerance(atol={}, rtol={}, reason="integers: the selected set is exact, ties included"),
 )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from onnxscript import script
 
-from plugins._body import FLOAT32_MAX, TRTPASS, op
+from plugins._body import FLOAT32_MAX, TRTPASS, Float32, Int32, op
 
 
 @script(TRTPASS, default_opset=op)
-def SelectTokens(score, keep, lengths, window: int = 0, max_keep_permille: int = 1000):
+def SelectTokens(
+    score: Float32, keep: Int32, lengths: Int32, window: int = 0, max_keep_permille: int = 1000
+) -> tuple[Int32, Int32]:
     axis1 = op.Constant(value_ints=[1])
     axis2 = op.Constant(value_ints=[2])
     zero = op.Cast(op.Constant(value_int=0), to=6)
@@ -33,7 +35,7 @@ def SelectTokens(score, keep, lengths, window: int = 0, max_keep_permille: int =
 
     # Invariant: at least `need` candidates >= low, fewer >= high. Stops where exactly `need` are >= low, or where low
     # and high are adjacent floats; from any two finite floats that takes fewer than 300 rounds. A row that has stopped
-    # repeats its last step without effect. Counts are float32, exact to 2^24: its sums are five times as fast as int32's.
+    # repeats its last step without effect. Counts are float32: exact to 2^24, and summed five times as fast as int32.
     high = op.ReduceMax(ranked, axis2)  # [B, N, 1]
     low = op.ReduceMin(op.Where(candidate, finite, FLOAT32_MAX), axis2)
     at_top = op.ReduceSum(op.Cast(ranked >= high, to=1), axis2)

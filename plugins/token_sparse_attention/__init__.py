@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     tolerance=Tolerance(
         atol={"float32": 2e-5, "float16": 4e-3},
         rtol={"float32": 1e-4, "float16": 4e-3},
-        reason="rows are averages of v, so errors are relative to max|v|, a few units in the cases: float32 by the order "
-        "of summation; float16 because q k and the probabilities may be rounded to 11 bits between the products",
+        reason="rows are averages of v, so errors are relative to max|v|, a few units in the cases: float32 by the "
+        "order of summation; float16 because q k and the probabilities may be rounded to 11 bits between the products",
     ),
 )
 def token_sparse_attention(
@@ -49,7 +49,6 @@ def token_sparse_attention(
     Raises:
         InputError: N is neither H nor Hkv.
     """
-    import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     batch, heads = q.shape[:2]

@@ -3,8 +3,8 @@
 Compacted tokens stay in order and padding comes last, so causality among them needs no mask: a real query never sees a
 padded key, and the rows of padded queries are never read.
 
-A set serves H / N query heads and reads key head ``n * Hkv / N``; both N = H and N = Hkv are that one formula, and K and
-V are gathered from their grouped heads, never expanded before. A gather of whole rows from `[B H S, D]` is used because
+A set serves H / N query heads and reads key head ``n * Hkv / N``; both N = H and N = Hkv are that one formula, and K
+and V are gathered from their grouped heads, never expanded before. Whole rows are gathered from `[B H S, D]` because
 GatherElements along D costs ten times as much in ONNX Runtime.
 """
 
@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from onnxscript import script
 
-from plugins._body import TRTPASS, op
+from plugins._body import TRTPASS, Floats, Int32, op
 
 
 @script(TRTPASS, default_opset=op)
-def gathered(q, k, v, index, count, scale: float = 0.0):
+def gathered(q: Floats, k: Floats, v: Floats, index: Int32, count: Int32, scale: float = 0.0) -> Floats:
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     minus_one = op.Constant(value_ints=[-1])
@@ -63,7 +63,7 @@ def gathered(q, k, v, index, count, scale: float = 0.0):
 
 
 @script(TRTPASS, default_opset=op)
-def branching(q, k, v, index, count, scale: float = 0.0):
+def branching(q: Floats, k: Floats, v: Floats, index: Int32, count: Int32, scale: float = 0.0) -> Floats:
     """Plain causal attention where every token of every set is selected, else ``gathered`` over the largest count."""
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
