@@ -25,6 +25,9 @@ from trtpass.errors import AnchorError, InputError
 from trtpass.ir import check, tidy
 
 
+WHOLE_PROMPT_KEY = "trtpass.whole_prompt"  # model metadata: the method that is not defined on chunks of a prompt
+
+
 @dataclass(frozen=True)
 class Site:
     """One place that a pass changed: the layer and the values it produced, by role."""

@@ -1,0 +1,272 @@
+"""From a model to a proved engine folder: export, raise, rewrite, cache, lower, check, write (docs/design.md, section 2).
+
+``engines/<model>/<recipe>/`` then holds::
+
+    dense.onnx      B: stateless, canonical, input_ids -> logits of every token
+    model.onnx      C: rewritten; input_ids, lengths -> logits of each row's last token
+    prefill.onnx    E: whole prompts into the cache        decode.onnx   E: tokens over the cache
+    weights.bin     the weights of all of them             *.plan        TensorRT-RTX only
+    inputs.json, outputs.json   what `polygraphy run model.onnx` is checked against
+    tokenizer files, manifest.json
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from trtpass import io, passes
+from trtpass.anchors import find
+from trtpass.canonicalize import RaiseReport, canonicalize
+from trtpass.compare import Ladder, Probe, run_onnx
+from trtpass.errors import InputError
+from trtpass.layers import carry_drift
+from trtpass.manifest import Check, Checks, Manifest, PassRecord, artifact, versions
+from trtpass.passes import WHOLE_PROMPT_KEY, Pass, PassResult
+from trtpass.passes.cache import insert_cache
+from trtpass.passes.logits import LastLogits
+from trtpass.passes.lower import lower
+from trtpass.progress import Report, silent
+from trtpass.staging import staged
+from trtpass.variants import sites_of
+
+if TYPE_CHECKING:
+    from graphs import Loaded, Recipe
+
+TARGETS = ("cpu", "portable", "tensorrt-rtx", "tensorrt")
+DENSE, REWRITTEN, PREFILL, DECODE, WEIGHTS = "dense.onnx", "model.onnx", "prefill.onnx", "decode.onnx", "weights.bin"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to build.
+
+    Args:
+        model: a known name, a Hugging Face folder, or an ONNX file.
+        passes: textual passes, or None for the recipe's own; an empty list is the dense engine.
+        target: one of ``TARGETS``.
+        sm: compute capabilities of a TensorRT-RTX plan, such as ``("SM89",)``; empty means all that can be built.
+        out: folder of all engines.
+        logits: ``last`` or ``all`` tokens from the engine's graphs.
+    """
+
+    model: str
+    passes: Sequence[str] | None = None
+    target: str = "cpu"
+    sm: tuple[str, ...] = ()
+    out: Path = Path("engines")
+    logits: str = "last"
+
+
+def build(request: Request, report: Report = silent) -> tuple[Manifest, Path]:
+    """Build, prove and write one engine; returns its manifest and folder.
+
+    The folder appears whole or not at all. A failed check is in the manifest, not an exception.
+
+    Raises:
+        InputError: anything about the request, the model or the disk that is wrong.
+    """
+    from graphs import resolve
+
+    started = time.monotonic()
+    _check_target(request)
+    recipe = resolve(request.model)
+    pipeline = [passes.parse(text) for text in (recipe.default_passes if request.passes is None else request.passes)]
+    folder = request.out / recipe.name / slug(pipeline, request.target)
+    with staged(folder) as work:
+        report("loading weights", 0.02)
+        loaded = recipe.load()
+        raised = _canonical(recipe, loaded, work, report)
+        dense = io.load(work / DENSE)
+        report("rewriting", 0.30)
+        rewritten = dense.clone()
+        results = passes.run(rewritten, pipeline)
+        _write(_with_last_logits(rewritten), work / REWRITTEN)
+        report(f"lowering to {request.target}", 0.35)
+        lowering, sm = _lower(request, dense, rewritten, work, loaded.context, report)
+        report("checking", 0.45)
+        ladder = Ladder(work, dense, rewritten, pipeline, results, probe_for(loaded, pipeline), loaded.module)
+        checks = check_ladder(ladder, request.target, report)
+        _save_example(ladder, work)
+        for file in loaded.tokenizer_files:
+            shutil.copy(file, work / file.name)
+        report("hashing", 0.97)
+        manifest = Manifest(
+            model=recipe.name,
+            origin=recipe.origin,
+            passes=_records(pipeline, results, ladder),
+            target=request.target,
+            sm=list(sm),
+            context=loaded.context,
+            whole_prompt=dict(rewritten.metadata_props).get(WHOLE_PROMPT_KEY),
+            artifacts=[artifact(work, p) for p in sorted(work.iterdir()) if p.is_file() and not p.name.startswith(".")],
+            checks=checks,
+            lowering=lowering,
+            raised=raised.counts,
+            near_misses=list(raised.near_misses),
+            versions=versions(),
+            seconds=round(time.monotonic() - started, 1),
+            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
+        manifest.write(work)
+    return manifest, folder
+
+
+def slug(pipeline: Sequence[Pass], target: str) -> str:
+    """Folder name of a recipe: passes with the options that differ from their defaults, then the target."""
+    parts = []
+    for step in pipeline:
+        default = step.Options()
+        own = [f"{f.name}={getattr(step.options, f.name)}" for f in fields(step.options)
+               if getattr(step.options, f.name) != getattr(default, f.name)]  # fmt: skip
+        parts.append("_".join([step.name, *own]).replace(":", "-").replace("/", "-"))
+    return ".".join(["+".join(parts) or "dense", target])
+
+
+def _check_target(request: Request) -> None:
+    if request.target not in TARGETS:
+        raise InputError(f"target '{request.target}'", f"one of {', '.join(TARGETS)}")
+    if request.target == "tensorrt":
+        raise InputError(
+            "target 'tensorrt' needs TensorRT 10.15 or newer and a GPU, and this version has no plugin kernels for it",
+            fix="use TARGET=tensorrt-rtx (a plan, built ahead of time) or TARGET=cpu",
+        )
+    if request.sm and request.target != "tensorrt-rtx":
+        raise InputError(f"SM={','.join(request.sm)} with target '{request.target}'", "no SM: only plans have one")
+
+
+def _canonical(recipe: Recipe, loaded: Loaded, work: Path, report: Report) -> RaiseReport:
+    """Export (or read) the model, raise it, and write ``dense.onnx`` with ``weights.bin``."""
+    if loaded.module is not None:
+        from trtpass.export import export
+
+        report("exporting", 0.05)
+        model = export(loaded.module, loaded.config, context=loaded.context)
+    else:
+        report("reading ONNX", 0.05)
+        model = io.load(loaded.onnx)
+    report("raising", 0.20)
+    raised = canonicalize(model)
+    anchors = find(model)
+    if not anchors.blocks or anchors.input_ids is None or anchors.logits is None:
+        raise InputError(
+            f"'{recipe.name}' was not recognised as a decoder: {'; '.join([*anchors.missing, *raised.near_misses][:4])}",
+            "a graph input_ids [batch, sequence] -> logits with attention that raises",
+            "run `trtpass inspect` on the file",
+        )
+    drift = recipe.calibration().get("drift")
+    if drift is not None:
+        carry_drift(model, drift["values"])
+    report("writing weights", 0.25)
+    io.save(model, work / DENSE, weights=WEIGHTS)
+    return raised
+
+
+def _with_last_logits(model: ir.Model) -> ir.Model:
+    copy = model.clone()
+    LastLogits()(copy)
+    return copy
+
+
+def _write(model: ir.Model, path: Path) -> None:
+    """Write a graph whose large weights already lie in the folder; nothing of them is copied."""
+    onnx.save_model(ir.to_proto(model), str(path))
+
+
+def _lower(
+    request: Request, dense: ir.Model, rewritten: ir.Model, work: Path, context: int, report: Report
+) -> tuple[list[str], tuple[str, ...]]:
+    """Write the engine's graphs (and plans); returns the lowering decisions in words and the plan's SMs."""
+    if request.target == "tensorrt-rtx":
+        from trtpass.plans import write_plans
+
+        return write_plans(request, dense, rewritten, work, context, report)
+    lines: dict[str, int] = {}
+    for name, source, phase in ((PREFILL, rewritten, "prefill"), (DECODE, dense, "decode")):
+        lowered = lower(insert_cache(source, phase, logits=request.logits), request.target)
+        _write(lowered.model, work / name)
+        for d in lowered.decisions:
+            text = f"{phase}: {d.decision} ({d.reason})"
+            lines[text] = lines.get(text, 0) + 1
+    return [f"{count} x {text}" for text, count in lines.items()], ()
+
+
+def probe_for(loaded: Loaded, pipeline: Sequence[Pass]) -> Probe:
+    """Two rows, long enough that every method prunes (a quarter above its dense limit), of text where there is some."""
+    limits = [p.options.min_tokens + p.options.window for p in pipeline if hasattr(p.options, "min_tokens")]
+    dense_limit = max(limits, default=160)
+    longest = min(loaded.context, dense_limit + dense_limit // 4 + 8)
+    lengths = np.array([longest, max(longest - longest // 16, 1)], np.int32)
+    rows = np.stack([token_row(loaded, longest, seed) for seed in range(2)])
+    rows[1, lengths[1] :] = 0
+    return Probe(rows, lengths)
+
+
+def token_row(loaded: Loaded, count: int, seed: int) -> np.ndarray:
+    """``count`` token ids: the public-domain text where it and a tokenizer are there, else seeded random ids."""
+    from graphs import corpus
+
+    if loaded.encode is not None and corpus.available():
+        text = corpus.text()
+        start = 20_000 + seed * 12 * count
+        ids = loaded.encode(text[start : start + 12 * count])
+        if len(ids) >= count:
+            return np.array(ids[:count], np.int64)
+    return np.random.default_rng(seed).integers(0, loaded.vocab, count).astype(np.int64)
+
+
+def check_ladder(ladder: Ladder, target: str, report: Report = silent) -> Checks:
+    """All three checks; a plan that cannot run here says so."""
+    report("checking torch = raised ONNX", 0.45)
+    export = ladder.export()
+    report("checking twin = rewritten ONNX", 0.60)
+    rewrite = ladder.rewrite()
+    report("checking rewritten ONNX = engine", 0.80)
+    if target == "tensorrt-rtx":
+        engine = Check.not_run(
+            "a TensorRT-RTX plan executes on a GPU only; `make test-gpu` on a machine with one runs this check. Not proved here: "
+            "float16 numbers, the fused kernels, and speed"
+        )
+    else:
+        engine = ladder.engine(target)
+    return Checks(export=export, rewrite=rewrite, engine=engine)
+
+
+def _save_example(ladder: Ladder, work: Path) -> None:
+    """Inputs and torch outputs in Polygraphy's own form, for ``polygraphy run --load-inputs --load-outputs``."""
+    from polygraphy.comparator import RunResults
+    from polygraphy.json import save_json
+    from polygraphy.logger import G_LOGGER
+
+    model = io.load(work / REWRITTEN)
+    feed: dict[str, Any] = ladder.probe.feed(model)
+    output = str(find(ladder.dense).logits.name)  # type: ignore[union-attr]
+    logits = ladder.saved.logits if ladder.saved is not None else run_onnx(model, work, feed)[output]
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        save_json([feed], str(work / "inputs.json"), description="inputs")
+        results = RunResults()
+        results.add([{output: logits}], runner_name="torch" if ladder.saved is not None else "onnxruntime")
+        results.save(str(work / "outputs.json"))
+
+
+def _records(pipeline: Sequence[Pass], results: Sequence[PassResult], ladder: Ladder) -> list[PassRecord]:
+    records = []
+    for step, result in zip(pipeline, results, strict=True):
+        layers = [site.layer for site in result.sites]
+        kept = [ladder.kept[layer] for layer in layers if layer in ladder.kept] if sites_of([result]) else []
+        records.append(
+            PassRecord(
+                name=step.name, options=step.describe(), sites=len(layers), layers=layers,
+                near_misses=list(result.near_misses), pruned=round(1 - float(np.mean(kept)), 6) if kept else None,
+            )  # fmt: skip
+        )
+    return records

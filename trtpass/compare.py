@@ -1,0 +1,321 @@
+"""The validation ladder (docs/design.md): torch = raised, twin = rewritten, rewritten = engine; forced, then free.
+
+Numbers are compared by Polygraphy. Selections are compared as sets: every token on which two sides disagree must have a
+score within ``MARGIN`` of the cut, relative to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from trtpass.anchors import find
+from trtpass.errors import InputError
+from trtpass.manifest import Check
+from trtpass.passes import Pass, PassResult, Site
+from trtpass.passes.cache import insert_cache
+from trtpass.passes.logits import LastLogits
+from trtpass.passes.lower import lower
+from trtpass.twin import TokenSparseTwin, TorchRun, run_dense
+from trtpass.variants import SELECTION, expose, expose_hidden, expose_selections, feeds, force_selections, sites_of
+
+# float32 on both sides, 30 layers: rounding differs by operator order only. Hidden states reach a few hundred in magnitude
+# (a handful of massive activations), so the relative part carries most of the bound there.
+ATOL, RTOL = 2e-3, 2e-3
+# A score is a sum of W softmax terms; inputs that differ by 1e-5 move it by about 1e-4 of itself, ten times less than this.
+MARGIN = 1e-2
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Inputs of a check: right-padded ``input_ids [B, S]`` int64 and ``lengths [B]`` int32."""
+
+    input_ids: np.ndarray
+    lengths: np.ndarray
+
+    def feed(self, model: ir.Model) -> dict[str, np.ndarray]:
+        names = {v.name for v in model.graph.inputs}
+        every = {"input_ids": self.input_ids, "lengths": self.lengths}
+        return {name: array for name, array in every.items() if name in names}
+
+    def valid(self, hidden: np.ndarray) -> np.ndarray:
+        """``hidden [B, S, E]`` with padding rows zeroed: they mean nothing."""
+        rows = np.arange(hidden.shape[1])[None, :, None] < self.lengths[:, None, None]
+        return np.where(rows, hidden, 0.0).astype(np.float32)
+
+
+@dataclass
+class Difference:
+    """Outcome of one numeric comparison; ``max_rel`` is the largest difference over the largest magnitude."""
+
+    ok: bool
+    max_abs: float
+    max_rel: float
+
+
+def difference(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray], atol: float, rtol: float) -> Difference:
+    """Compare outputs of the same names with Polygraphy; elementwise ``|l - r| <= atol + rtol |r|``, NaN never passes.
+
+    Raises:
+        InputError: the two sides do not have the same outputs.
+    """
+    from polygraphy.comparator import CompareFunc, IterationResult
+    from polygraphy.logger import G_LOGGER
+
+    if set(left) != set(right):
+        raise InputError(f"outputs {sorted(left)} are compared with {sorted(right)}")
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        compare = CompareFunc.simple(atol=atol, rtol=rtol, check_error_stat="elemwise", fail_fast=False)
+        outcome = compare(
+            IterationResult(dict(left), runner_name="left"), IterationResult(dict(right), runner_name="right")
+        )
+    ok = all(bool(result) for result in outcome.values())
+    worst, relative = 0.0, 0.0
+    for name in left:
+        gap = float(np.max(np.abs(left[name].astype(np.float64) - right[name]), initial=0.0))
+        scale = float(np.max(np.abs(right[name]), initial=0.0)) or 1.0
+        worst, relative = max(worst, gap), max(relative, gap / scale)
+        ok = ok and bool(np.isfinite(left[name]).all() and np.isfinite(right[name]).all())
+    return Difference(ok, worst, relative)
+
+
+def run_onnx(model: ir.Model, folder: Path, feed: Mapping[str, np.ndarray], threads: int | None = None) -> dict[str, np.ndarray]:
+    """Run a model whose weights are external files of ``folder`` on ONNX Runtime's CPU provider."""
+    from polygraphy.backend.onnxrt import OnnxrtRunner
+    from polygraphy.logger import G_LOGGER
+
+    path = folder / ".check.onnx"
+    onnx.save_model(ir.to_proto(model), str(path))
+    try:
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL), OnnxrtRunner(lambda: session(path, threads)) as runner:
+            return {name: np.array(value) for name, value in runner.infer(dict(feed)).items()}
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def session(path: Path, threads: int | None = None) -> Any:
+    """An ONNX Runtime CPU session; errors of the runtime become one InputError."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001 - the runtime raises a dozen private classes
+        raise InputError(f"ONNX Runtime cannot load '{path.name}': {str(error)[:300]}") from error
+
+
+@dataclass
+class Disagreement:
+    """Free choices of two sides over all rows and heads."""
+
+    decisions: int = 0
+    flipped: int = 0
+    worst: float = 0.0  # relative distance from the cut of the worst flipped token
+    kept: dict[int, float] = field(default_factory=dict)  # by layer: mean kept fraction of the right side
+
+    @property
+    def share(self) -> float:
+        return self.flipped / self.decisions if self.decisions else 0.0
+
+
+def disagreement(
+    left: Mapping[int, Mapping[str, np.ndarray]],
+    right: Mapping[int, Mapping[str, np.ndarray]],
+    lengths: np.ndarray,
+    protected: int,
+) -> Disagreement:
+    """Compare selections by layer; scores and the cut are the right side's. ``protected``: last positions always kept."""
+    found = Disagreement()
+    for layer, mine in right.items():
+        other = left[layer]
+        batch, sets = mine["count"].shape
+        for b in range(batch):
+            length, free = int(lengths[b]), max(int(lengths[b]) - protected, 0)
+            for n in range(sets):
+                keep = mine["index"][b, n, : mine["count"][b, n]]
+                seen = other["index"][b, n, : other["count"][b, n]]
+                found.decisions += length
+                differs = np.setxor1d(keep, seen)
+                found.flipped += differs.size
+                score = mine["score"][b, n]
+                chosen = keep[keep < free]
+                if differs.size and chosen.size:
+                    cut = float(score[chosen].min())
+                    gap = float(np.max(np.abs(score[differs] - cut))) / max(cut, 1e-30)
+                    found.worst = max(found.worst, gap)
+                elif differs.size:
+                    found.worst = float("inf")
+        found.kept[layer] = float(np.mean(mine["count"] / lengths[:, None]))
+    return found
+
+
+def read_selections(sites: Sequence[Site], outputs: Mapping[str, np.ndarray]) -> dict[int, dict[str, np.ndarray]]:
+    """By layer and role, from the outputs of an exposed graph."""
+    return {site.layer: {role: outputs[site.values[role]] for role in SELECTION} for site in sites}
+
+
+@dataclass
+class Ladder:
+    """The three checks of one engine folder, and what they need: canonical ``dense`` and ``rewritten`` graphs (weights
+    external, in ``folder``), the passes that lead from one to the other, the probe, and the torch model (or None)."""
+
+    folder: Path
+    dense: ir.Model
+    rewritten: ir.Model
+    passes: Sequence[Pass]
+    results: Sequence[PassResult]
+    probe: Probe
+    module: Any | None
+    saved: TorchRun | None = None  # the torch side of ``rewrite``: what is saved beside the engine
+    kept: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return sites_of(self.results)
+
+    @property
+    def protected(self) -> int:
+        options = [p.options for p, r in zip(self.passes, self.results, strict=True) if sites_of([r])]
+        return max((o.window if o.prefix else 0 for o in options), default=0)
+
+    def export(self) -> Check:
+        """A = B: the torch model and the raised graph, hidden states and last logits."""
+        if self.module is None:
+            return Check.not_run("the model is an ONNX file: there is no torch model to compare with")
+        torch_run = run_dense(self.module, self.probe.input_ids, self.probe.lengths)
+        if not self.sites:
+            self.saved = torch_run
+        graph = self.dense.clone()
+        hidden = expose_hidden(graph)
+        LastLogits()(graph)
+        return self._numeric(self._run(graph, hidden), self._torch(torch_run))
+
+    def rewrite(self) -> Check:
+        """D = C: the twin with the graph's selections forced, tight; its own choices, within the margin of the cut."""
+        if not self.sites:
+            return Check.not_run("no token-selecting pass was applied")
+        graph = self.rewritten.clone()
+        hidden = expose_hidden(graph)
+        LastLogits()(graph)
+        expose_selections(graph, self.sites)
+        outputs = self._run(graph, hidden)
+        chosen = read_selections(self.sites, outputs)
+        self.kept = {k: float(np.mean(v["count"] / self.probe.lengths[:, None])) for k, v in chosen.items()}
+        if self.module is None:
+            return Check.not_run("the model is an ONNX file: there is no torch model for a twin")
+        twin: TokenSparseTwin = self._selecting().twin(self.module, next(r for r in self.results if sites_of([r])))
+        forced = {layer: (s["index"], s["count"]) for layer, s in chosen.items()}
+        self.saved = twin.run(self.probe.input_ids, self.probe.lengths, forced)
+        free = disagreement(chosen, self.saved.selections, self.probe.lengths, self.protected)
+        return self._numeric(_main(outputs), self._torch(self.saved), free, pruned=self._pruned())
+
+    def engine(self, target: str) -> Check:
+        """C = E: the rewritten graph and the lowered prefill graph with C's selections forced; its free choices; the cache
+        that it writes; and one dense pass through the decode graph."""
+        reference = self.rewritten.clone()
+        hidden = expose_hidden(reference)
+        LastLogits()(reference)
+        expose_selections(reference, self.sites)
+        keys = {f"present.{b.layer}.{r}": str(getattr(b, r[0]).name) for b in find(self.dense).blocks for r in ("key", "value")}
+        expose(reference, list(keys.values()))
+        expected = self._run(reference, hidden)
+        sequence = self.probe.input_ids.shape[1]
+
+        lowered = self.rewritten.clone()
+        expose_hidden(lowered)
+        names = force_selections(lowered, self.sites)
+        expose_selections(lowered, self.sites)
+        prefill = lower(insert_cache(lowered, "prefill"), target).model
+        got = self._run(prefill, hidden, {**self._empty(prefill, sequence), **feeds(names, self.sites, expected)})  # type: ignore[dict-item]
+        left = {**_main(got), **{name: self._valid_cache(got[name]) for name in keys}}
+        right = {**_main(expected), **{name: self._valid_cache(expected[key]) for name, key in keys.items()}}
+        free = disagreement(
+            read_selections(self.sites, got), read_selections(self.sites, expected), self.probe.lengths, self.protected
+        )
+        check = self._numeric(left, right, free if self.sites else None, pruned=self._pruned() if self.sites else None)
+        return check if check.status == "failed" else self._decode(check, target)
+
+    def _decode(self, check: Check, target: str) -> Check:
+        """The decode graph from an empty cache is the dense model."""
+        count = min(int(self.probe.lengths[0]), 64)
+        short = Probe(self.probe.input_ids[:1, :count], np.array([count], np.int32))
+        dense = self.dense.clone()
+        LastLogits()(dense)
+        expected = run_onnx(dense, self.folder, short.feed(dense))
+        decode = lower(insert_cache(self.dense, "decode"), target).model
+        feed = {**self._empty(decode, count + 8, 1), "past_lengths": np.zeros(1, np.int32), **short.feed(decode)}
+        gap = difference(
+            {"logits": run_onnx(decode, self.folder, feed)["logits"]}, {"logits": expected["logits"]}, ATOL, RTOL
+        )
+        check.max_abs, check.max_rel = max(check.max_abs or 0, gap.max_abs), max(check.max_rel or 0, gap.max_rel)
+        if not gap.ok:
+            check.status, check.reason = "failed", f"decode graph differs from the dense model by {gap.max_abs:.2e}"
+        return check
+
+    def _selecting(self) -> Pass:
+        return next(p for p, r in zip(self.passes, self.results, strict=True) if sites_of([r]))
+
+    def _pruned(self) -> float:
+        return 1.0 - float(np.mean(list(self.kept.values()))) if self.kept else 0.0
+
+    def _run(self, graph: ir.Model, hidden: str, feed: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        outputs = run_onnx(graph, self.folder, {**self.probe.feed(graph), **(feed or {})})
+        outputs["hidden"] = self.probe.valid(outputs.pop(hidden))
+        logits = find(self.dense).logits
+        name = "logits" if "logits" in outputs or logits is None else str(logits.name)
+        outputs["logits"] = outputs.pop(name)
+        return outputs
+
+    def _torch(self, run: TorchRun) -> dict[str, np.ndarray]:
+        return {"hidden": self.probe.valid(run.hidden), "logits": run.logits}
+
+    def _empty(self, graph: ir.Model, capacity: int, batch: int | None = None) -> dict[str, np.ndarray]:
+        """Empty caches of ``capacity`` slots for every ``past`` input of a graph."""
+        rows = len(self.probe.lengths) if batch is None else batch
+        caches = {}
+        for value in graph.graph.inputs:
+            if value.name and value.name.startswith("past.") and value.shape is not None:
+                caches[value.name] = np.zeros((rows, int(value.shape[1]), capacity, int(value.shape[3])), np.float32)  # type: ignore[arg-type]
+        return caches
+
+    def _valid_cache(self, cache: np.ndarray) -> np.ndarray:
+        rows = np.arange(cache.shape[2])[None, None, :, None] < self.probe.lengths[:, None, None, None]
+        return np.where(rows, cache, 0.0).astype(np.float32)
+
+    def _numeric(
+        self,
+        left: Mapping[str, np.ndarray],
+        right: Mapping[str, np.ndarray],
+        free: Disagreement | None = None,
+        pruned: float | None = None,
+    ) -> Check:
+        gap = difference(_main(left) | {k: v for k, v in left.items() if k in right}, right, ATOL, RTOL)
+        check = Check(
+            status="passed" if gap.ok else "failed",
+            max_abs=gap.max_abs,
+            max_rel=gap.max_rel,
+            tolerance=f"atol {ATOL:g}, rtol {RTOL:g}, {'x'.join(map(str, self.probe.input_ids.shape))} tokens",
+        )
+        if not gap.ok:
+            check.reason = f"outputs differ by {gap.max_abs:.2e}"
+        if free is not None:
+            check.flipped = free.share
+            check.tolerance += f", free choices within {MARGIN:g} of the cut"
+            if free.worst > MARGIN:
+                check.status, check.reason = "failed", f"a flipped token lies {free.worst:.2e} from the cut"
+        if pruned is not None and pruned <= 0 and check.status == "passed":
+            check.status, check.reason = "not_run", "equal, but nothing was pruned: a proof needs a longer prompt or a larger coverage"
+        return check
+
+
+def _main(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: outputs[name] for name in ("hidden", "logits")}

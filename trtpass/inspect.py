@@ -1,0 +1,99 @@
+"""What a graph is made of, as passes see it: anchors found, methods that apply, and for the rest why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from trtpass.anchors import find
+from trtpass.canonicalize import canonicalize
+from trtpass.errors import TrtpassError
+from trtpass.passes import all_methods
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Anchors of a raised graph. ``methods``: pass name -> "" where it applies, else the reason why it does not."""
+
+    nodes: int
+    opset: int
+    raised: dict[str, int]
+    near_misses: tuple[str, ...]
+    blocks: tuple[dict[str, Any], ...]
+    positions: str | None
+    input_ids: str | None
+    logits: str | None
+    token_axes: dict[str, int]
+    missing: tuple[str, ...]
+    methods: dict[str, str]
+
+
+def inspect(model: ir.Model) -> Inspection:
+    """Raise ``model`` in place and describe it.
+
+    Raises:
+        InputError: the model cannot be raised at all (an opset that does not convert).
+    """
+    nodes, opset = model.graph.num_nodes(), model.opset_imports.get("", 0)
+    raised = canonicalize(model)
+    anchors = find(model)
+    blocks = tuple(
+        {
+            "layer": b.layer, "node": str(b.node.name), "heads": b.heads, "kv_heads": b.kv_heads, "head_dim": b.head_dim,
+            "scale": round(b.scale, 6), "causal": b.causal, "why_not_causal": b.why_not_causal,
+            "rope": b.rope_q is not None and b.rope_k is not None,
+            "qkv_input": None if b.qkv_input is None else str(b.qkv_input.name), "why_no_qkv_input": b.why_no_qkv_input,
+            "residual": None if b.residual_in is None else [str(b.residual_in.name), str(b.residual_out.name)],  # type: ignore[union-attr]
+            "why_no_residual": b.why_no_residual,
+        }
+        for b in anchors.blocks
+    )  # fmt: skip
+    methods = {}
+    for name, cls in all_methods().items():
+        try:
+            cls().requires(model, anchors)
+            methods[name] = ""
+        except TrtpassError as error:
+            methods[name] = error.found
+
+    def named(value: ir.Value | None) -> str | None:
+        return None if value is None else f"{value.name} {value.dtype} {value.shape}"
+
+    return Inspection(
+        nodes, opset, dict(raised.counts), raised.near_misses, blocks, named(anchors.positions), named(anchors.input_ids),
+        named(anchors.logits), anchors.token_axes, anchors.missing, methods,
+    )  # fmt: skip
+
+
+def render(found: Inspection, title: str) -> Group:
+    """Tables for a terminal."""
+    from rich.console import Group
+    from rich.table import Table
+
+    table = Table("layer", "heads", "KV heads", "D", "scale", "causal", "RoPE", "feeds q, k, v", "residual", title="attention")
+    for b in found.blocks:
+        table.add_row(
+            str(b["layer"]), str(b["heads"]), str(b["kv_heads"]), str(b["head_dim"]), f"{b['scale']:g}",
+            "yes" if b["causal"] else f"no: {b['why_not_causal']}", "yes" if b["rope"] else "no",
+            b["qkv_input"] or f"not found: {b['why_no_qkv_input']}",
+            " -> ".join(b["residual"]) if b["residual"] else f"not found: {b['why_no_residual']}",
+        )  # fmt: skip
+    lines = [
+        f"{title}: {found.nodes} nodes, opset {found.opset}",
+        "raised: " + (", ".join(f"{n} {name}" for name, n in found.raised.items() if n) or "nothing (already canonical, or not recognised)"),
+        f"tokens in: {found.input_ids or 'not found'}",
+        f"logits out: {found.logits or 'not found'}",
+        f"positions: {found.positions or 'not found'}",
+        f"token axes: {len(found.token_axes)} tensors carry tokens, for example "
+        + ", ".join(f"{k} on axis {v}" for k, v in list(found.token_axes.items())[:3]),
+    ]
+    lines += [f"not found: {reason}" for reason in found.missing]
+    lines += [f"nearly: {reason}" for reason in found.near_misses]
+    for name, reason in found.methods.items():
+        lines.append(f"method {name}: " + (f"does not apply: {reason}" if reason else "applies"))
+    return Group("\n".join(lines), table) if found.blocks else Group("\n".join(lines))

@@ -1,0 +1,78 @@
+"""Prove an engine folder again: its files against the manifest, and the ladder on its own graphs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from trtpass import io, passes
+from trtpass.build import DENSE, Ladder, check_ladder, probe_for
+from trtpass.errors import CheckFailed, InputError
+from trtpass.manifest import Checks, Manifest, artifact
+from trtpass.passes import Pass, all_methods
+from trtpass.progress import Report, silent
+
+
+def pipeline_of(manifest: Manifest) -> list[Pass]:
+    """The passes of an engine, with the options that it was built with.
+
+    Raises:
+        InputError: the manifest names a pass or an option that this version does not have.
+    """
+    steps: list[Pass] = []
+    for record in manifest.passes:
+        method = all_methods().get(record.name)
+        if method is None:
+            raise InputError(f"the manifest names pass '{record.name}'", f"one of {', '.join(all_methods())}", "build again")
+        try:
+            steps.append(method(method.Options(**record.options)))
+        except TypeError as error:
+            raise InputError(f"the manifest's options of '{record.name}' do not fit: {error}", fix="build again") from error
+    return steps
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Raise unless every artifact is there with its size and hash.
+
+    Raises:
+        InputError: an artifact's path leads outside the folder.
+        CheckFailed: a file is missing or has changed since it was built.
+    """
+    for item in manifest.artifacts:
+        path = folder / item.path
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"the manifest names '{item.path}', outside the engine's folder")
+        if not path.is_file():
+            raise CheckFailed(f"'{item.path}' is missing", "a file of the manifest", "build again")
+        now = artifact(folder, path)
+        if now.sha256 != item.sha256:
+            raise CheckFailed(f"'{item.path}' has changed since it was built", f"sha256 {item.sha256}", "build again")
+
+
+def validate(folder: Path, model: str | None = None, report: Report = silent) -> Checks:
+    """Run the ladder on a finished engine and record the outcome in its manifest.
+
+    Args:
+        folder: the engine's folder.
+        model: where its torch model is (name, folder or ONNX file); None takes the name in the manifest.
+
+    Raises:
+        InputError: not an engine folder, or its model is not known any more.
+        CheckFailed: a file has changed.
+    """
+    from graphs import resolve
+
+    manifest = Manifest.read(folder)
+    report("hashing", 0.05)
+    verify_files(folder, manifest)
+    steps = pipeline_of(manifest)
+    loaded = resolve(model or manifest.origin).load()
+    dense = io.load(folder / DENSE)
+    rewritten = dense.clone()
+    results = passes.run(rewritten, steps)
+    ladder = Ladder(folder, dense, rewritten, steps, results, probe_for(loaded, steps), loaded.module)
+    manifest.checks = check_ladder(ladder, manifest.target, report)
+    temporary = folder / ".manifest.json"
+    temporary.write_text(manifest.model_dump_json(indent=2) + "\n")
+    os.replace(temporary, folder / "manifest.json")
+    return manifest.checks
