@@ -23,6 +23,7 @@ from onnx_ir.passes import common
 
 import trtpass
 from trtpass.errors import InputError
+from trtpass.io import strip_metadata
 from trtpass.quiet import quiet
 
 if TYPE_CHECKING:
@@ -44,10 +45,10 @@ log = logging.getLogger(__name__)
 def export(module: torch.nn.Module, config: Any, *, context: int) -> ir.Model:
     """Export a transformers causal language model.
 
-    Input ``input_ids`` int64 ``[batch, sequence]``, output ``logits`` float32 ``[batch, sequence, vocab]``. Initializers
-    carry the names of the module's parameters; the weight of a linear layer is stored transposed, ``[in, out]``, as MatMul
-    reads it, unless another node needs it as it is (tied embeddings), where a Transpose stays. They are views of the
-    module's memory: keep the module unchanged until the model is saved.
+    Input ``input_ids`` int64 ``[batch, sequence]``, output ``logits`` float32 ``[batch, sequence, vocab]``.
+    Initializers carry the names of the module's parameters; the weight of a linear layer is stored transposed,
+    ``[in, out]``, as MatMul reads it, unless another node needs it as it is (tied embeddings), where a Transpose stays.
+    They are views of the module's memory: keep the module unchanged until the model is saved.
 
     Args:
         module: in eval mode, float32, with scaled-dot-product attention.
@@ -55,8 +56,8 @@ def export(module: torch.nn.Module, config: Any, *, context: int) -> ir.Model:
         context: the most tokens a row may have; recorded in the metadata under `CONTEXT_KEY`.
 
     Raises:
-        InputError: the module is in training mode, its sliding window is shorter than ``context``, its rotary frequencies
-            depend on the length of the input, or PyTorch cannot trace it.
+        InputError: the module is in training mode, its sliding window is shorter than ``context``, its rotary
+            frequencies depend on the length of the input, or PyTorch cannot trace it.
     """
     model = _graph(module, config, context)
     state = _tensors(module)
@@ -69,8 +70,8 @@ def export_on_meta(config: Any, weights: Path, *, context: int | None = None) ->
     """Export a configuration without weights: the graph of `export`, and a sparse file in place of its parameters.
 
     ``weights`` is created with the size that the parameters would have and holds nothing but zeros: it takes no room on
-    a disk that keeps holes, and is not read here. Buffers (rotary frequencies) have their true values. Meant for measuring
-    what passes cost on models that do not fit the machine.
+    a disk that keeps holes, and is not read here. Buffers (rotary frequencies) have their true values. Meant for
+    measuring what passes cost on models that do not fit the machine.
 
     Args:
         config: a transformers configuration of a supported family; its ``dtype`` (float32 if it has none) decides the
@@ -114,14 +115,13 @@ def export_on_meta(config: Any, weights: Path, *, context: int | None = None) ->
 def check_exportable(config: Any, context: int) -> None:
     """Refuse what would make the exported graph something else than causal attention over ``context`` tokens.
 
-    A sliding window shorter than the context is another mask. Up to the window's own length the two are the same, so such
-    a model is exact with a context no longer than its window. Rotary frequencies that depend on the length of the input
-    (``dynamic``, ``longrope``) would be frozen at the length of the sample.
+    A sliding window shorter than the context is another mask. Up to the window's own length the two are the same, so
+    such a model is exact with a context no longer than its window. Rotary frequencies that depend on the length of the
+    input (``dynamic``, ``longrope``) would be frozen at the length of the sample.
     """
     layers = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    slides = window is not None and (layers is None or "sliding_attention" in layers)
-    if slides and window < context:
+    window: int | None = getattr(config, "sliding_window", None)
+    if window is not None and window < context and (layers is None or "sliding_attention" in layers):
         raise InputError(
             f"the model attends through a sliding window of {window} tokens, shorter than the context of {context}",
             "causal attention over the whole context",
@@ -151,7 +151,8 @@ def _graph(module: torch.nn.Module, config: Any, context: int) -> ir.Model:
     _fold_transposes(model)
     common.ShapeInferencePass()(model)
     _rename(model)
-    _strip(model)
+    strip_metadata(model)  # where and by whom it was traced
+    model.graph.name = "main"
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "trtpass", trtpass.__version__
     model.metadata_props[CONTEXT_KEY] = str(context)
@@ -185,7 +186,7 @@ def _trace(module: torch.nn.Module) -> ir.Model:
                 optimize=False,
                 verbose=False,
             )
-        except Exception as error:  # noqa: BLE001 - the exporter raises anything; the cause is chained
+        except Exception as error:  # the exporter raises anything; the cause is chained
             log.debug("torch.onnx.export said:\n%s", said.getvalue())
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise InputError(
@@ -224,17 +225,18 @@ def _attach(value: ir.Value, state: Mapping[str, torch.Tensor]) -> ir.TensorProt
     """The tensor that an initializer is named after, as a view of its memory."""
     from onnx_ir.tensor_adapters import TorchTensor
 
-    if value.name not in state:
-        raise InputError(f"initializer '{value.name}' of the exported graph is neither a parameter nor a buffer")
-    tensor = state[value.name].detach()
-    return TorchTensor(tensor.mT if "transposed" in value.meta else tensor, name=value.name)
+    name = str(value.name)
+    if name not in state:
+        raise InputError(f"initializer '{name}' of the exported graph is neither a parameter nor a buffer")
+    tensor = state[name].detach()
+    return TorchTensor(tensor.mT if "transposed" in value.meta else tensor, name=name)
 
 
 def _simplify(model: ir.Model) -> None:
     """Fold arithmetic on shapes and constants, drop slices of everything, casts to the same type and other leftovers.
 
-    Parameters have no value here: nothing folds into them, and they are not compared with each other. The order matters:
-    the rewriter's cost grows with the square of the graph, which the passes before it shrink to a third.
+    Parameters have no value here: nothing folds into them, and they are not compared with each other. The order
+    matters: the rewriter's cost grows with the square of the graph, which the passes before it shrink to a third.
     """
     from onnxscript import optimizer, rewriter
 
@@ -308,14 +310,3 @@ def _scope(node: ir.Node) -> str:
     scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
     modules = [scope for scope in scopes[:-1] if scope.startswith(f"{_ROOT}.")]  # the last one is the operation
     return modules[-1].removeprefix(f"{_ROOT}.") if modules else ""
-
-
-def _strip(model: ir.Model) -> None:
-    """Drop everything that says where and by whom the graph was traced: metadata, documentation, stack traces."""
-    graph = model.graph
-    model.doc_string = graph.doc_string = None
-    graph.name = "main"
-    values = [*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)]
-    for item in [model, graph, *graph, *values]:
-        item.metadata_props.clear()
-        item.doc_string = None
