@@ -1,7 +1,7 @@
 """Outputs that are either whole or absent: a folder or a file is written under a temporary name and renamed.
 
-A temporary folder holds an advisory lock (``flock``) for as long as its process lives, so that a later run can tell
-what a killed run left behind from what a live one is writing.
+What is being written holds an advisory lock (``flock``) for as long as its process lives, so that a later run can tell what
+a killed run left behind from what a live one is writing.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from typing import BinaryIO
 
 from trtpass.errors import InputError
 
+MARK = ".trtpass"  # an empty file in every output folder: only folders that have it are replaced
+
 
 @contextmanager
 def staged(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty sibling of ``folder``; on success it takes the name of ``folder``, on any failure it is removed.
+    """Yield a new sibling of ``folder``, empty but for ``MARK``; on success it takes the name of ``folder``, on any failure it is removed.
 
     The old folder stays in place until the new one is complete, then it is removed. SIGTERM and SIGHUP, where nothing
     else handles them, become SystemExit inside the block, so that they clean up as Ctrl-C does. What a killed run left
@@ -32,49 +34,100 @@ def staged(folder: str | Path) -> Iterator[Path]:
     folder is put back.
 
     Raises:
-        InputError: ``folder`` is not a folder, or the block met a full or read-only disk.
+        InputError: ``folder`` is a file, or holds files that trtpass did not write, or the block met a full or
+            read-only disk.
     """
     target = Path(os.path.realpath(folder))
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{folder} is a file", "a folder for the outputs", "give another name")
     with ExitStack() as stack:
         stack.enter_context(disk_errors(target))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _clean(target)
-        work, lock = _locked_folder(target)
-        stack.callback(os.close, lock)
         stack.enter_context(_signals_raise())
-        try:
-            yield work
-            old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
-            replaced = target.exists()
-            if replaced:
-                target.rename(old)
-            try:
-                work.rename(target)
-            except BaseException:
-                if replaced:
-                    old.rename(target)
-                raise
-            if replaced:
-                shutil.rmtree(old, ignore_errors=True)  # the new folder is in place: leftovers go next time
-        finally:
-            shutil.rmtree(work, ignore_errors=True)  # absent after a success
+        _refuse_foreign(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = _temporary(target)
+        stack.callback(shutil.rmtree, work, ignore_errors=True)  # absent after a success
+        with _swapping(target):
+            _clean(target)
+            work.mkdir()
+            (work / MARK).touch()
+            stack.callback(os.close, _locked(work / MARK))
+        yield work
+        with _swapping(target):
+            old = _swap(work, target)
+        shutil.rmtree(old, ignore_errors=True)  # the new folder is in place: what is left goes next time
 
 
-def _locked_folder(target: Path) -> tuple[Path, int]:
-    """A new temporary sibling and the descriptor that holds its lock."""
-    while True:
-        work = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        work.mkdir()
-        try:
-            lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            continue
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if work.exists():
-            return work, lock
-        os.close(lock)  # another process took it for a leftover before it was locked
+@contextmanager
+def replacing(path: Path, size: int) -> Iterator[BinaryIO]:
+    """A file of ``size`` bytes, written under a temporary name beside ``path`` and renamed to it on success."""
+    with ExitStack() as stack:
+        stack.enter_context(disk_errors(path, size))
+        work = _temporary(path)
+        stack.callback(work.unlink, missing_ok=True)
+        with _swapping(path):
+            _clean(path)
+            handle = stack.enter_context(work.open("xb"))
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield handle
+        handle.close()  # flushes, which may meet a full disk
+        work.replace(path)
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _locked(path: Path) -> int:
+    """A descriptor that holds the lock of ``path``.
+
+    Raises:
+        BlockingIOError: a live process holds it.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _refuse_foreign(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"{target} is a file", "a folder for the outputs", "give another name")
+    if any(target.iterdir()) and not (target / MARK).is_file():
+        raise InputError(
+            f"{target} holds files that trtpass did not write (it has no {MARK} file)",
+            "a new, an empty, or an earlier output folder, because its content is replaced",
+            "give another name, or remove the folder",
+        )
+
+
+def _swap(work: Path, target: Path) -> Path:
+    """Give ``work`` the name ``target``; returns where the old folder is now (it may never have existed)."""
+    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
+    replaced = target.exists()
+    if replaced:
+        target.rename(old)
+    try:
+        work.rename(target)
+    except BaseException:
+        if replaced:
+            old.rename(target)
+        raise
+    return old
+
+
+@contextmanager
+def _swapping(target: Path) -> Iterator[None]:
+    """One process at a time cleans, begins or swaps: held briefly, through a lock on the parent folder."""
+    parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(parent, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(parent)
 
 
 def _clean(target: Path) -> None:
@@ -85,16 +138,16 @@ def _clean(target: Path) -> None:
         else:
             left.rename(target)
     for left in target.parent.glob(f".{_escaped(target.name)}.*.tmp"):
+        locked = left / MARK if left.is_dir() else left
         try:
-            lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:  # gone meanwhile, or not one of ours
+            lock = _locked(locked) if locked.exists() else None
+        except OSError:  # held by a live process, or gone meanwhile
             continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
-        except BlockingIOError:  # a live process is writing it
-            continue
-        finally:
+        else:
+            left.unlink(missing_ok=True)
+        if lock is not None:
             os.close(lock)
 
 
@@ -123,19 +176,6 @@ def _signals_raise() -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path, size: int) -> Iterator[BinaryIO]:
-    """A file of ``size`` bytes, written under a temporary name beside ``path`` and renamed to it on success."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with disk_errors(path, size):
-        try:
-            with temporary.open("xb") as handle:
-                yield handle
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
 def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
     """A full, read-only or forbidden disk becomes an InputError that names ``path``, bytes needed and bytes free."""
     try:
@@ -153,6 +193,6 @@ def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise InputError(
-                f"{path} cannot be written: {error.strerror}", "a writable place", "choose another folder"
+                f"{error.filename or path}: {error.strerror}", "a place that can be read and written", "check the path"
             ) from error
         raise
