@@ -49,7 +49,7 @@ def gathered(q: Floats, k: Floats, v: Floats, index: Int32, count: Int32, scale:
 
     # Inverse: the slot of each token, C where it was not selected. Padded slots write past S, each to its own place.
     slot = op.Cast(op.Range(op.Squeeze(zero), op.Squeeze(slots), op.Squeeze(one)), to=6)  # [C]
-    target = op.Where(index < tokens32, index, tokens32 + slot)
+    target = op.Where(slot < op.Unsqueeze(count, axis2), index, tokens32 + slot)
     empty = op.Expand(op.Cast(slots, to=6), op.Concat(sets, tokens + slots, axis=0))  # [B, N, S + C]
     slot_of = op.ScatterElements(empty, target, op.Expand(slot, op.Shape(index)), axis=2)
     slot_of = op.Unsqueeze(op.Slice(slot_of, zero, tokens, axis2), axis2)  # [B, N, 1, S]
