@@ -7,8 +7,8 @@ Three forms are recognised; whatever else is found stays as it is, with the reas
 * decode: ``Attention(q, TensorScatter(past_k, k), TensorScatter(past_v, v), nonpad_kv_seqlen)``: past and present go
   straight to the operator, which writes in place where they share a buffer and reads only slots in use.
 
-GroupQueryAttention takes ``[B, S, H*D]``, so a Transpose in front of it (and of its rotary embedding) disappears. It refuses
-batch > 1 with several tokens and a past: the runtime runs such chunks row by row.
+GroupQueryAttention takes ``[B, S, H*D]``, so a Transpose in front of it (and of its rotary embedding) disappears. It
+refuses batch > 1 with several tokens and a past: the runtime runs such chunks row by row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from trtpass.ir import constant, dims, float_attr, int_attr, is_op, make_node
+from trtpass.ir import const_ints, constant, dims, float_attr, int_attr, is_op, make_node
 from trtpass.op import DOMAIN
 
 CONTRIB = "com.microsoft"
@@ -31,6 +31,7 @@ Choice = tuple[str, str, str]  # node, decision, reason
 
 def attention_to_contrib(model: ir.Model) -> list[Choice]:
     """Replace what can be replaced, in place; returns ``(node, decision, reason)`` for every Attention of the model."""
+    _hint_slices(model.graph)
     common.ShapeInferencePass()(model)  # inlined bodies know their head counts only now
     lengths = _Lengths(model.graph)
     choices: list[Choice] = []
@@ -46,9 +47,20 @@ def attention_to_contrib(model: ir.Model) -> list[Choice]:
     return choices
 
 
+def _hint_slices(graph: ir.Graph) -> None:
+    """A Slice keeps the sizes of other axes: ONNX's inference forgets all of them where an end is computed."""
+    for node in graph.all_nodes():
+        axes = const_ints(node.inputs[3]) if is_op(node, "Slice") and len(node.inputs) > 3 else None
+        shape = dims(node.inputs[0]) if axes is not None else None
+        if axes is not None and shape is not None and node.outputs[0].shape is None:
+            cut = {axis % len(shape) for axis in axes}
+            node.outputs[0].type = node.inputs[0].type  # type: ignore[union-attr]
+            node.outputs[0].shape = ir.Shape([None if i in cut else size for i, size in enumerate(shape)])
+
+
 @dataclass(frozen=True)
 class _Site:
-    """q ``[B, H, S, D]``; k, v fresh ``[B, Hkv, S, D]``; the writes to the cache, if any; valid slots ``[B]`` in decode."""
+    """q ``[B, H, S, D]``; k, v fresh ``[B, Hkv, S, D]``; writes to the cache; valid slots ``[B]`` in decode."""
 
     q: ir.Value
     k: ir.Value
@@ -162,7 +174,7 @@ class _Lengths:
         return self.made[visible]
 
     def of_fresh(self, flat: ir.Value, before: ir.Node) -> tuple[ir.Value, ir.Value]:
-        """From fresh keys ``[B, S, *]``: every row attends to all S (rows are right-padded: causal needs no length)."""
+        """From fresh keys ``[B, S, *]``: every row attends to all S (right-padded: causal needs no length)."""
         shape = dims(flat) or [None, None, None]
         shared = before.graph is self.graph and all(isinstance(d, ir.SymbolicDim) for d in shape[:2])
         key = next((v for v in self.made if (dims(v) or [])[:2] == shape[:2]), None) if shared else None
@@ -203,11 +215,13 @@ def _replace(node: ir.Node, site: _Site, lengths: _Lengths) -> None:
     outputs: list[tuple[str, ir.DataType | None, list[Any] | None]] = [
         (f"{node.name}.gqa", site.q.dtype, [shape[0], shape[2], site.heads * site.head_dim])
     ]
-    past: list[ir.Value | None] = [None, None]
-    if site.writes is not None:
-        past = [write.inputs[0] for write in site.writes]
-        outputs += [(f"{node.name}.gqa.{role}", site.k.dtype, dims(write.outputs[0]))
-                    for role, write in zip(("key", "value"), site.writes, strict=True)]  # fmt: skip
+    past = [None, None] if site.writes is None else [write.inputs[0] for write in site.writes]
+    # Present outputs are asked for even where nothing reads them: without them the kernel takes a path that holds S x S
+    # scores and, at 4096 tokens, takes 1.7 times as long.
+    fresh = [shape[0], site.kv_heads, shape[2], site.head_dim]
+    presents = [fresh, fresh] if site.writes is None else [dims(write.outputs[0]) for write in site.writes]
+    outputs += [(f"{node.name}.gqa.{role}", site.k.dtype, present)
+                for role, present in zip(("key", "value"), presents, strict=True)]  # fmt: skip
     attributes = {
         "num_heads": site.heads,
         "kv_num_heads": site.kv_heads,
@@ -220,7 +234,7 @@ def _replace(node: ir.Node, site: _Site, lengths: _Lengths) -> None:
     graph = _graph(node)
     graph.insert_before(node, made)
     _unflatten(node, made.outputs[0], site, lengths.graph)
-    for write, present in zip(site.writes or (), made.outputs[1:], strict=True):
+    for write, present in zip(site.writes or (), made.outputs[1:], strict=False):
         # GroupQueryAttention comes later than the write did, so nothing between them may read the present cache.
         name = write.outputs[0].name
         ir.convenience.replace_all_uses_with(write.outputs[0], present, replace_graph_outputs=True)

@@ -5,13 +5,13 @@ Every choice is reported, node by node, with its reason in words.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from plugins import all_ops
+from plugins._library import function
 from trtpass.errors import InputError
 from trtpass.ir import check, tidy
 from trtpass.op import DOMAIN
@@ -78,11 +78,13 @@ def inline_bodies(model: ir.Model, kind: str) -> list[Decision]:
         InputError: an operator that is unknown or has no body of this kind, or functions that call themselves.
     """
     decisions: list[Decision] = []
-    todo: list[ir.Node] = list(_own_nodes(model))
+    for identifier in [key for key in model.functions if key[0] == DOMAIN and key[1] in all_ops()]:
+        del model.functions[identifier]  # a file may carry another version's bodies; these are this version's
+    todo = _own_nodes(model)
     while todo:
-        node = todo.pop(0)
-        op = all_ops().get(node.op_type)
+        node = todo.pop()
         identifier = node.op_identifier()
+        op = all_ops().get(node.op_type)
         if op is None and identifier not in model.functions:
             raise InputError(
                 f"node '{node.name}' is {DOMAIN}::{node.op_type}, which this version does not know",
@@ -92,16 +94,13 @@ def inline_bodies(model: ir.Model, kind: str) -> list[Decision]:
         node.metadata_props.setdefault(ORIGIN, node.op_type)
         if op is None:
             continue
-        for name, value in op.complete({k: a.value for k, a in node.attributes.items()}).items():
+        for name, value in op.complete({k: a.value for k, a in node.attributes.items() if not a.is_ref()}).items():
             node.attributes.setdefault(name, ir.convenience.convert_attribute(name, value))
         decisions.append(Decision(str(node.name), f"{kind} body", "no native kernel for this operator here"))
-        if identifier in model.functions:
-            continue
-        if kind not in op.bodies:
-            raise InputError(f"operator {op.name} has no {kind} body", f"one of {', '.join(op.bodies) or 'none'}")
-        function = ir.serde.deserialize_function(op.bodies[kind]().to_function_proto())
-        model.functions[identifier] = function
-        todo += [n for n in function.all_nodes() if n.domain == DOMAIN]
+        if identifier not in model.functions:
+            body = function(op, kind)
+            model.functions[identifier] = body
+            todo += [inner for inner in body.all_nodes() if inner.domain == DOMAIN]
     try:
         common.InlinePass()(model)
     except (ir.passes.PreconditionError, ValueError) as error:
@@ -110,6 +109,6 @@ def inline_bodies(model: ir.Model, kind: str) -> list[Decision]:
     return decisions
 
 
-def _own_nodes(model: ir.Model) -> Iterator[ir.Node]:
-    for graph in (model.graph, *(function.graph for function in model.functions.values())):
-        yield from (node for node in graph.all_nodes() if node.domain == DOMAIN)
+def _own_nodes(model: ir.Model) -> list[ir.Node]:
+    graphs = [model.graph, *(body.graph for body in model.functions.values())]
+    return [node for graph in graphs for node in graph.all_nodes() if node.domain == DOMAIN]

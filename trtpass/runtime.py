@@ -1,0 +1,317 @@
+"""Running an engine on ONNX Runtime: prefill, decode and generation over one static cache, for ragged batches.
+
+The cache is allocated once per call of ``prefill`` and bound as past and present alike, so decode moves no data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trtpass.errors import InputError
+from trtpass.sampling import Sampler, Step
+from trtpass.sessions import Source, dtype_of, open_session, provider_name
+
+PREFILL, DECODE = "prefill", "decode"
+DEFAULT_HEADROOM = 256  # tokens after the prompt, where neither the graph nor the model states a limit
+
+
+@dataclass
+class State:
+    """A batch in progress.
+
+    Attributes:
+        cache: an OrtValue ``[B, Hkv, capacity, D]`` for every ``past.{i}.key`` and ``past.{i}.value``.
+        lengths: int32 ``[B]``, tokens of each row in the cache.
+        logits: float ``[B, V]`` after the last token of each row.
+        capacity: slots of a row.
+    """
+
+    cache: dict[str, Any]
+    lengths: np.ndarray
+    logits: np.ndarray
+    capacity: int
+
+
+class Engine:
+    """A prefill and a decode graph, opened on one provider; see ``Engine.open``."""
+
+    def __init__(self, sources: Mapping[str, Source], provider: str, threads: int | None, context: int | None) -> None:
+        self.provider = provider_name(provider)
+        self._sources, self._threads = dict(sources), threads
+        self._sessions: dict[str, Any] = {}
+        decode = self._session(DECODE)
+        inputs = {item.name: item for item in decode.get_inputs()}
+        self.cache_inputs = tuple(name for name in inputs if name.startswith("past."))
+        expected = {"input_ids", "lengths", "past_lengths"}
+        if not self.cache_inputs or not expected <= inputs.keys():
+            raise InputError(
+                f"the decode graph has inputs {', '.join(inputs)}",
+                "input_ids, lengths, past_lengths and past.{i}.key, past.{i}.value",
+                "insert a cache with the cache pass",
+            )
+        self._cache_shapes = {n: (inputs[n].shape[1], inputs[n].shape[3]) for n in self.cache_inputs}
+        self._cache_dtype = dtype_of(inputs[self.cache_inputs[0]].type)
+        slots = inputs[self.cache_inputs[0]].shape[2]
+        metadata = decode.get_modelmeta().custom_metadata_map
+        stated = metadata.get("trtpass.context")
+        limits = [x for x in (context, int(stated) if stated else None, slots) if isinstance(x, int)]
+        self.fixed_capacity: int | None = slots if isinstance(slots, int) else None
+        self.context: int | None = min(limits, default=None)
+        vocab = decode.get_outputs()[0].shape[-1]
+        if not isinstance(vocab, int):
+            raise InputError(f"the decode graph's logits have {vocab} entries", "a fixed vocabulary")
+        self.vocab = vocab
+
+    @classmethod
+    def open(
+        cls,
+        source: str | Path | Mapping[str, Source],
+        provider: str = "cpu",
+        threads: int | None = None,
+        context: int | None = None,
+    ) -> Engine:
+        """Open an engine folder (``prefill.onnx``, ``decode.onnx``), or these graphs as onnx-ir models or paths.
+
+        Args:
+            source: a folder, or ``{"prefill": ..., "decode": ...}``.
+            provider: ``cpu``, ``cuda``, ...; it is an error if ONNX Runtime falls back to another.
+            threads: threads of one operator; None leaves the choice to ONNX Runtime.
+            context: most tokens of a row; None takes what the decode graph states.
+
+        Raises:
+            InputError: a missing file, a graph without a cache, or a provider that is not there.
+        """
+        if not isinstance(source, Mapping):
+            folder = Path(source)
+            source = {phase: folder / f"{phase}.onnx" for phase in (PREFILL, DECODE)}
+        missing = [phase for phase in (PREFILL, DECODE) if phase not in source]
+        if missing:
+            raise InputError(f"an engine without {' and '.join(missing)}", "a prefill and a decode graph")
+        return cls(source, provider, threads, context)
+
+    @property
+    def whole_prompt(self) -> str:
+        """The method that needs whole prompts, or an empty string."""
+        return str(self._session(PREFILL).get_modelmeta().custom_metadata_map.get("trtpass.whole_prompt", ""))
+
+    def prefill(self, rows: Sequence[Sequence[int]], chunk: int | None = None, capacity: int | None = None) -> State:
+        """Read the prompts (of different lengths) into a new cache.
+
+        Args:
+            rows: token ids of each row, at least one a row.
+            chunk: read in pieces of at most this many tokens, row by row, with the decode graph; None reads all.
+            capacity: slots of a row; None takes the graph's, else the context limit, else longest prompt + 256.
+
+        Raises:
+            InputError: an empty row, an id outside the vocabulary, a prompt beyond the context limit or capacity, or
+                chunks where the engine's method is defined on whole prompts only. Nothing has been run then.
+        """
+        lengths = self._check_rows(rows)
+        slots = self._capacity(int(lengths.max()), capacity)
+        if chunk is not None:
+            self._check_chunk(chunk)
+        cache = self._new_cache(len(rows), slots)
+        state = State(cache, lengths, np.empty((len(rows), self.vocab), np.float32), slots)
+        if chunk is None:
+            outputs = self._run(PREFILL, _padded(rows, lengths), {"lengths": lengths}, state)
+            state.logits = _last(outputs["logits"], lengths)
+            return state
+        for row, ids in enumerate(rows):
+            for start in range(0, len(ids), chunk):
+                piece = np.asarray([ids[start : start + chunk]], np.int64)
+                feeds = {"lengths": np.array([piece.shape[1]], np.int32), "past_lengths": np.array([start], np.int32)}
+                outputs = self._run(DECODE, piece, feeds, state, row)
+                state.logits[row] = _last(outputs["logits"], feeds["lengths"])[0]
+        return state
+
+    def decode(self, state: State, tokens: Sequence[int], active: Sequence[bool] | None = None) -> np.ndarray:
+        """Append one token to each row; returns (and keeps in ``state``) the logits ``[B, V]`` after it.
+
+        Args:
+            state: what ``prefill`` returned; changed in place.
+            tokens: one id a row; that of a row which is not active is ignored.
+            active: False for rows that have ended: they do not advance and must not be continued later.
+
+        Raises:
+            InputError: a row of tokens of the wrong size, an id outside the vocabulary, or no slot left.
+        """
+        batch = len(state.lengths)
+        moving = np.ones(batch, bool) if active is None else np.asarray(active, bool)
+        if len(tokens) != batch or moving.shape != (batch,):
+            raise InputError(f"{len(tokens)} tokens for {batch} rows", "one token a row")
+        ids = np.where(moving, np.asarray(tokens, np.int64), 0)
+        self._check_ids(ids)
+        full = moving & (state.lengths >= state.capacity)
+        if full.any():
+            raise InputError(
+                f"row {int(full.argmax())} has {state.capacity} tokens and no slot left", "lengths below the capacity",
+                "allocate a larger capacity in prefill, within the context limit",
+            )  # fmt: skip
+        feeds = {
+            "lengths": np.ones(batch, np.int32),
+            "past_lengths": np.minimum(state.lengths, state.capacity - 1).astype(np.int32),
+        }
+        outputs = self._run(DECODE, ids[:, None], feeds, state)
+        state.lengths = state.lengths + moving.astype(np.int32)
+        state.logits = outputs["logits"][:, -1].astype(np.float32)
+        return state.logits
+
+    def generate(
+        self,
+        rows: Sequence[Sequence[int]],
+        max_tokens: int,
+        stop_ids: Sequence[int] = (),
+        temperature: float = 0.0,
+        seed: int = 0,
+        chunk: int | None = None,
+    ) -> Iterator[Step]:
+        """Prefill, then one ``Step`` at a time until every row has stopped.
+
+        Args:
+            rows: prompts, as for ``prefill``.
+            max_tokens: most new tokens of a row.
+            stop_ids: tokens that end a row.
+            temperature: 0 is greedy; else softmax(logits / temperature) is sampled.
+            seed: each row has a random stream of its own, so that it does not depend on the rows beside it.
+            chunk: as for ``prefill``.
+
+        Raises:
+            InputError: as ``prefill``, and for max_tokens below 1 or a negative temperature, before anything is run.
+        """
+        if max_tokens < 1:
+            raise InputError(f"max_tokens={max_tokens}", "1 or more")
+        if not temperature >= 0:
+            raise InputError(f"temperature={temperature}", "0 (greedy) or more")
+        wanted = int(self._check_rows(rows).max()) + max_tokens
+        slots = self.fixed_capacity or (wanted if self.context is None else min(wanted, self.context))
+        if chunk is not None:
+            self._check_chunk(chunk)
+        sampler = Sampler(len(rows), max_tokens, stop_ids, temperature, seed)
+        return self._steps(rows, sampler, chunk, slots)
+
+    def _steps(self, rows: Sequence[Sequence[int]], sampler: Sampler, chunk: int | None, slots: int) -> Iterator[Step]:
+        state = self.prefill(rows, chunk, slots)
+        limit = slots if self.context is None else min(slots, self.context)
+        while True:
+            step = sampler.step(state.logits, state.lengths >= limit)
+            yield step
+            if not any(sampler.active):
+                return
+            self.decode(state, [token or 0 for token in step.tokens], sampler.active)
+
+    def run_named(self, rows: Sequence[Sequence[int]], names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Prefill, returning values inside the graph by name (say ``layer3.token_sparse.keep``) and ``logits``.
+
+        A session with these as outputs is made the first time that they are asked for.
+
+        Raises:
+            InputError: as ``prefill``, and for a name that the graph does not have.
+        """
+        lengths = self._check_rows(rows)
+        state = State(self._new_cache(len(rows), self._capacity(int(lengths.max()), None)), lengths, np.empty(0), 0)
+        return self._run(PREFILL, _padded(rows, lengths), {"lengths": lengths}, state, None, tuple(names))
+
+    def _session(self, phase: str, names: tuple[str, ...] = ()) -> Any:
+        key = f"{phase}:{','.join(names)}"
+        if key not in self._sessions:
+            self._sessions[key] = open_session(self._sources[phase], self.provider, self._threads, names)
+        return self._sessions[key]
+
+    def _run(
+        self,
+        phase: str,
+        ids: np.ndarray,
+        feeds: dict[str, np.ndarray],
+        state: State,
+        row: int | None = None,
+        names: tuple[str, ...] = (),
+    ) -> dict[str, np.ndarray]:
+        """One call with the cache bound as past and present; ``row`` binds that row of it alone, as a batch of one."""
+        session = self._session(phase, names)
+        binding = session.io_binding()
+        for name, array in {"input_ids": ids, **feeds}.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name, value in state.cache.items():
+            shape, address = list(value.shape()), value.data_ptr()
+            if row is not None:
+                address += row * int(np.prod(shape[1:])) * np.dtype(self._cache_dtype).itemsize
+                shape[0] = 1
+            where = (value.device_name(), 0, self._cache_dtype, shape, address)
+            binding.bind_input(name, *where)
+            binding.bind_output(name.replace("past.", "present.", 1), *where)
+        wanted = tuple(dict.fromkeys(("logits", *names)))
+        for name in wanted:
+            binding.bind_output(name, "cpu")
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime raises a type of its own for every status
+            raise InputError(f"the {phase} graph failed: {error}") from error
+        made = binding.get_outputs()[-len(wanted) :]  # in the order of binding
+        return {name: np.array(value.numpy()) for name, value in zip(wanted, made, strict=True)}
+
+    def _new_cache(self, batch: int, slots: int) -> dict[str, Any]:
+        """Zeros: a slot never written must not hold a NaN, which would pass through a masked product."""
+        import onnxruntime as ort
+
+        device = "cuda" if self.provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider") else "cpu"
+        return {
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, slots, width), self._cache_dtype), device, 0)
+            for name, (heads, width) in self._cache_shapes.items()
+        }
+
+    def _capacity(self, longest: int, asked: int | None) -> int:
+        default = self.context if self.context is not None else longest + DEFAULT_HEADROOM
+        slots = self.fixed_capacity or (default if asked is None else asked)
+        if longest > slots:
+            raise InputError(f"a prompt of {longest} tokens for a cache of {slots} slots", f"at most {slots} tokens")
+        return slots
+
+    def _check_rows(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        if not rows or not all(len(row) for row in rows):
+            raise InputError("a batch without rows, or a row without tokens", "at least one token in each row")
+        lengths = np.array([len(row) for row in rows], np.int32)
+        if self.context is not None and lengths.max() > self.context:
+            row = int(lengths.argmax())
+            raise InputError(
+                f"row {row} has {lengths[row]} tokens",
+                f"at most {self.context}, the context limit",
+                "shorten the prompt",
+            )
+        for row_ids in rows:
+            self._check_ids(np.asarray(row_ids, np.int64))
+        return lengths
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        bad = ids[(ids < 0) | (ids >= self.vocab)]
+        if bad.size:
+            raise InputError(f"token id {int(bad[0])}", f"0 to {self.vocab - 1}", "use this model's tokenizer")
+
+    def _check_chunk(self, chunk: int) -> None:
+        if chunk < 1:
+            raise InputError(f"chunks of {chunk} tokens", "1 or more")
+        if self.whole_prompt:
+            raise InputError(
+                f"prefill in chunks, with method '{self.whole_prompt}'",
+                "whole prompts: the method selects by the last queries, which an early chunk does not have",
+                "leave out chunk, or build a dense engine",
+            )
+
+
+def _padded(rows: Sequence[Sequence[int]], lengths: np.ndarray) -> np.ndarray:
+    """Rows as int64 ``[B, S]``, padded with 0 to the right."""
+    ids = np.zeros((len(rows), int(lengths.max())), np.int64)
+    for row, tokens in zip(ids, rows, strict=True):
+        row[: len(tokens)] = tokens
+    return ids
+
+
+def _last(logits: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Logits of the last valid token ``[B, V]`` from ``[B, 1, V]`` or ``[B, T, V]``."""
+    if logits.shape[1] == 1:
+        return logits[:, 0].astype(np.float32)
+    return logits[np.arange(len(lengths)), lengths - 1].astype(np.float32)
