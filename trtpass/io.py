@@ -21,7 +21,7 @@ from trtpass.errors import InputError
 from trtpass.staging import replacing, staged
 from trtpass.untrusted import Checker
 
-__all__ = ["load", "save", "save_shared", "staged", "strip_metadata"]
+__all__ = ["load", "save", "save_shared", "staged", "strip_metadata", "tensors"]
 
 MAX_PROTO = (1 << 31) - 1  # bytes: the limit of protobuf
 INLINE = 1024  # bytes: smaller tensors stay in the protobuf
@@ -51,8 +51,15 @@ def load(path: str | Path) -> ir.Model:
         raise InputError(
             f"{file} cannot be read by onnx-ir ({type(error).__name__}: {str(error)[:200]})", "a valid ONNX model"
         ) from error
+    for graph in _graphs(model):
+        if "ai.onnx" in graph.opset_imports:
+            graph.opset_imports[""] = graph.opset_imports.pop("ai.onnx")
+        if isinstance(graph, ir.Graph):
+            graph.name = graph.name or "graph"  # onnx's checker and ONNX Runtime disagree on whether it may be empty
+        for node in graph:
+            node.domain = "" if node.domain == "ai.onnx" else node.domain
     folder = file.parent.resolve()  # not empty: onnx-ir contains paths only below a base_dir
-    for tensor in _tensors(model):
+    for tensor in tensors(model):
         if isinstance(tensor, ir.ExternalTensor):
             tensor.base_dir = folder
     return model
@@ -100,7 +107,7 @@ def _initializers(model: ir.Model) -> list[ir.Value]:
     return [value for value in values if value.const_value is not None]
 
 
-def _attribute_tensors(model: ir.Model) -> Iterator[Any]:
+def _attr_tensors(model: ir.Model) -> Iterator[Any]:
     for graph in _graphs(model):
         for node in graph:
             for attribute in node.attributes.values():
@@ -110,10 +117,11 @@ def _attribute_tensors(model: ir.Model) -> Iterator[Any]:
                     yield from attribute.as_tensors()
 
 
-def _tensors(model: ir.Model) -> Iterator[Any]:
+def tensors(model: ir.Model) -> Iterator[Any]:
+    """Every initializer and every tensor attribute, of subgraphs and functions too. Reads no weights."""
     for value in _initializers(model):
         yield value.const_value
-    yield from _attribute_tensors(model)
+    yield from _attr_tensors(model)
 
 
 def strip_metadata(model: ir.Model) -> None:
@@ -121,7 +129,7 @@ def strip_metadata(model: ir.Model) -> None:
 
     Metadata whose key starts with ``trtpass.`` stays.
     """
-    for tensor in _tensors(model):
+    for tensor in tensors(model):
         if isinstance(tensor, ir.serde.TensorProtoTensor):  # serialized from its protobuf as it is
             tensor.raw.ClearField("doc_string")
             tensor.raw.ClearField("metadata_props")
@@ -257,7 +265,7 @@ def _in_memory(tensor: ir.ExternalTensor) -> ir.Tensor:
 def _refuse_own_weights(model: ir.Model, target: Path) -> None:
     if not target.exists():
         return
-    for tensor in _tensors(model):
+    for tensor in tensors(model):
         if isinstance(tensor, ir.ExternalTensor) and os.path.realpath(tensor.path) == os.path.realpath(target):
             raise InputError(
                 f"the model still reads its weights from {target}", "another file to write to", "save to another folder"
@@ -265,7 +273,7 @@ def _refuse_own_weights(model: ir.Model, target: Path) -> None:
 
 
 def _check_inline_size(model: ir.Model) -> None:
-    total = sum(tensor.nbytes for tensor in _attribute_tensors(model))
+    total = sum(tensor.nbytes for tensor in _attr_tensors(model))
     if total > MAX_PROTO:
         raise InputError(
             f"the constants inside the graph have {total} bytes",

@@ -1,7 +1,7 @@
 """Outputs that are either whole or absent: a folder or a file is written under a temporary name and renamed.
 
-What is being written holds an advisory lock (``flock``) for as long as its process lives, so that a later run can tell what
-a killed run left behind from what a live one is writing.
+What is being written holds an advisory lock (``flock``) for as long as its process lives, so that a later run can tell
+what a killed run left behind from what a live one is writing.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ MARK = ".trtpass"  # an empty file in every output folder: only folders that hav
 
 @contextmanager
 def staged(folder: str | Path) -> Iterator[Path]:
-    """Yield a new sibling of ``folder``, empty but for ``MARK``; on success it takes the name of ``folder``, on any failure it is removed.
+    """Yield a new sibling of ``folder``, empty but for ``MARK``.
 
-    The old folder stays in place until the new one is complete, then it is removed. SIGTERM and SIGHUP, where nothing
-    else handles them, become SystemExit inside the block, so that they clean up as Ctrl-C does. What a killed run left
-    is removed by the next call for the same folder; if it was killed between the two renames of the swap, the old
-    folder is put back.
+    On success it takes the name of ``folder``; on any failure it is removed. The old folder stays in place until the
+    new one is complete, then it is removed. SIGTERM and SIGHUP, where nothing else handles them, become SystemExit
+    inside the block, so that they clean up as Ctrl-C does. What a killed run left is removed by the next call for the
+    same folder; if it was killed between the two renames of the swap, the old folder is put back.
 
     Raises:
         InputError: ``folder`` is a file, or holds files that trtpass did not write, or the block met a full or

@@ -180,7 +180,7 @@ class Checker(ValueChecker):
         local: set[str] = set()
         for value in graph.input:
             self.define(value.name, local, outer, f"an input of {where}")
-            self.value_type(value, required=not outer)
+            self.value_type(value, typed=not outer, ranked=not outer)
         initialized: set[str] = set()
         for tensor in graph.initializer:
             if tensor.name in initialized:
@@ -198,7 +198,7 @@ class Checker(ValueChecker):
             self.fail(f"{where} has no outputs", "at least one output")
         self.outputs([value.name for value in graph.output], local, where)
         for value in graph.output:
-            self.value_type(value, required=not outer)
+            self.value_type(value, typed=not outer)
 
     def function(self, function: onnx.FunctionProto) -> None:
         where = f"function {shown(function.name)}"

@@ -52,12 +52,15 @@ class ValueChecker:
         """Raise InputError about this file."""
         raise InputError(f"{self.file}: {found}", expected, fix or "export the model again, or repair the file")
 
-    def value_type(self, value: onnx.ValueInfoProto, required: bool = False) -> None:
+    def value_type(self, value: onnx.ValueInfoProto, *, typed: bool = False, ranked: bool = False) -> None:
+        """``typed``: must have a type; ``ranked``: and, if a tensor, a shape (whose sizes may be unknown)."""
         what = f"value {shown(value.name)}"
         if value.HasField("type") and value.type.WhichOneof("value") is not None:
             self.type(value.type, what)
-        elif required:
+        elif typed:
             self.fail(f"{what} has no type", "a type for every input and output of the graph")
+        if ranked and value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape"):
+            self.fail(f"{what} has no shape", "a shape for every input of the graph")
 
     def type(self, proto: onnx.TypeProto, what: str) -> None:
         kind = proto.WhichOneof("value")
@@ -113,6 +116,8 @@ class ValueChecker:
         if held not in ([], [field]) or len(getattr(tensor, field)) != count:
             amount = ", ".join(f"{len(getattr(tensor, name))} entries in {name}" for name in held) or "no data"
             self.fail(f"{what} holds {amount}", f"{count} entries in {field} for {shape}")
+        if not text and dtype.bitwidth == 6 and any(value & ~0x3F for value in tensor.int32_data):
+            self.fail(f"{what} holds values of more than 6 bits", f"values of type {dtype.name}")
 
     # external data ------------------------------------------------------------------------------------------------
 
