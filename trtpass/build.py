@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import resource
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -26,9 +25,11 @@ import onnx_ir as ir
 
 from trtpass import io, passes
 from trtpass.anchors import find
+from trtpass.calibrate import read_drift
 from trtpass.canonicalize import RaiseReport, canonicalize
 from trtpass.compare import Ladder, Probe, run_onnx
 from trtpass.errors import InputError
+from trtpass.ir import dims
 from trtpass.layers import carry_drift
 from trtpass.manifest import Check, Checks, Manifest, PassRecord, artifact, versions
 from trtpass.passes import WHOLE_PROMPT_KEY, Pass, PassResult
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from graphs import Loaded, Recipe
 
 TARGETS = ("cpu", "portable", "tensorrt-rtx", "tensorrt")
+DEFAULT_CONTEXT = 8192  # tokens; for an ONNX file, which does not say
 DENSE, REWRITTEN, PREFILL, DECODE, WEIGHTS = "dense.onnx", "model.onnx", "prefill.onnx", "decode.onnx", "weights.bin"
 
 
@@ -85,6 +87,7 @@ def build(request: Request, report: Report = silent) -> tuple[Manifest, Path]:
     with staged(folder) as work:
         report("loading weights", 0.02)
         loaded = recipe.load()
+        context = loaded.context or DEFAULT_CONTEXT
         raised = _canonical(recipe, loaded, work, report)
         dense = io.load(work / DENSE)
         report("rewriting", 0.30)
@@ -92,21 +95,21 @@ def build(request: Request, report: Report = silent) -> tuple[Manifest, Path]:
         results = passes.run(rewritten, pipeline)
         _write(_with_last_logits(rewritten), work / REWRITTEN)
         report(f"lowering to {request.target}", 0.35)
-        lowering, sm = _lower(request, dense, rewritten, work, loaded.context, report)
+        lowering, sm = _lower(request, dense, rewritten, work, context, report)
         report("checking", 0.45)
-        ladder = Ladder(work, dense, rewritten, pipeline, results, probe_for(loaded, pipeline), loaded.module)
+        ladder = Ladder(work, dense, rewritten, pipeline, results, probe_for(loaded, dense, pipeline), loaded.module)
         checks = check_ladder(ladder, request.target, report)
         _save_example(ladder, work)
-        for file in loaded.tokenizer_files:
-            shutil.copy(file, work / file.name)
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(work)
         report("hashing", 0.97)
         manifest = Manifest(
             model=recipe.name,
-            origin=recipe.origin,
+            origin=request.model,
             passes=_records(pipeline, results, ladder),
             target=request.target,
             sm=list(sm),
-            context=loaded.context,
+            context=context,
             whole_prompt=dict(rewritten.metadata_props).get(WHOLE_PROMPT_KEY),
             artifacts=[artifact(work, p) for p in sorted(work.iterdir()) if p.is_file() and not p.name.startswith(".")],
             checks=checks,
@@ -150,10 +153,12 @@ def _canonical(recipe: Recipe, loaded: Loaded, work: Path, report: Report) -> Ra
         from trtpass.export import export
 
         report("exporting", 0.05)
-        model = export(loaded.module, loaded.config, context=loaded.context)
-    else:
+        model = export(loaded.module, loaded.config, context=loaded.context or DEFAULT_CONTEXT)
+    elif loaded.onnx is not None:
         report("reading ONNX", 0.05)
         model = io.load(loaded.onnx)
+    else:
+        raise InputError(f"the recipe '{recipe.name}' has neither a torch module nor an ONNX file")
     report("raising", 0.20)
     raised = canonicalize(model)
     anchors = find(model)
@@ -163,9 +168,9 @@ def _canonical(recipe: Recipe, loaded: Loaded, work: Path, report: Report) -> Ra
             "a graph input_ids [batch, sequence] -> logits with attention that raises",
             "run `trtpass inspect` on the file",
         )
-    drift = recipe.calibration().get("drift")
+    drift = read_drift(recipe)
     if drift is not None:
-        carry_drift(model, drift["values"])
+        carry_drift(model, drift)
     report("writing weights", 0.25)
     io.save(model, work / DENSE, weights=WEIGHTS)
     return raised
@@ -200,28 +205,30 @@ def _lower(
     return [f"{count} x {text}" for text, count in lines.items()], ()
 
 
-def probe_for(loaded: Loaded, pipeline: Sequence[Pass]) -> Probe:
+def probe_for(loaded: Loaded, dense: ir.Model, pipeline: Sequence[Pass]) -> Probe:
     """Two rows, long enough that every method prunes (a quarter above its dense limit), of text where there is some."""
     limits = [p.options.min_tokens + p.options.window for p in pipeline if hasattr(p.options, "min_tokens")]
     dense_limit = max(limits, default=160)
-    longest = min(loaded.context, dense_limit + dense_limit // 4 + 8)
+    longest = min(loaded.context or DEFAULT_CONTEXT, dense_limit + dense_limit // 4 + 8)
     lengths = np.array([longest, max(longest - longest // 16, 1)], np.int32)
-    rows = np.stack([token_row(loaded, longest, seed) for seed in range(2)])
+    rows = np.stack([token_row(loaded, dense, longest, seed) for seed in range(2)])
     rows[1, lengths[1] :] = 0
     return Probe(rows, lengths)
 
 
-def token_row(loaded: Loaded, count: int, seed: int) -> np.ndarray:
+def token_row(loaded: Loaded, dense: ir.Model, count: int, seed: int) -> np.ndarray:
     """``count`` token ids: the public-domain text where it and a tokenizer are there, else seeded random ids."""
-    from graphs import corpus
+    from trtpass.corpus import LOCATIONS, text_corpus
 
-    if loaded.encode is not None and corpus.available():
-        text = corpus.text()
+    if loaded.tokenizer is not None and any(path.is_file() for path in LOCATIONS):
+        text = text_corpus()
         start = 20_000 + seed * 12 * count
-        ids = loaded.encode(text[start : start + 12 * count])
+        ids = loaded.tokenizer(text[start : start + 12 * count], add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= count:
             return np.array(ids[:count], np.int64)
-    return np.random.default_rng(seed).integers(0, loaded.vocab, count).astype(np.int64)
+    logits = find(dense).logits
+    vocabulary = (dims(logits) or [2])[-1]
+    return np.random.default_rng(seed).integers(0, vocabulary, count).astype(np.int64)
 
 
 def check_ladder(ladder: Ladder, target: str, report: Report = silent) -> Checks:
@@ -265,8 +272,12 @@ def _records(pipeline: Sequence[Pass], results: Sequence[PassResult], ladder: La
         kept = [ladder.kept[layer] for layer in layers if layer in ladder.kept] if sites_of([result]) else []
         records.append(
             PassRecord(
-                name=step.name, options=step.describe(), sites=len(layers), layers=layers,
-                near_misses=list(result.near_misses), pruned=round(1 - float(np.mean(kept)), 6) if kept else None,
+                name=step.name,
+                options=step.describe(),
+                sites=len(layers),
+                layers=layers,
+                near_misses=list(result.near_misses),
+                pruned=round(1 - float(np.mean(kept)), 6) if kept else None,
             )  # fmt: skip
         )
     return records

@@ -23,11 +23,15 @@ def pipeline_of(manifest: Manifest) -> list[Pass]:
     for record in manifest.passes:
         method = all_methods().get(record.name)
         if method is None:
-            raise InputError(f"the manifest names pass '{record.name}'", f"one of {', '.join(all_methods())}", "build again")
+            raise InputError(
+                f"the manifest names pass '{record.name}'", f"one of {', '.join(all_methods())}", "build again"
+            )
         try:
             steps.append(method(method.Options(**record.options)))
         except TypeError as error:
-            raise InputError(f"the manifest's options of '{record.name}' do not fit: {error}", fix="build again") from error
+            raise InputError(
+                f"the manifest's options of '{record.name}' do not fit: {error}", fix="build again"
+            ) from error
     return steps
 
 
@@ -70,7 +74,7 @@ def validate(folder: Path, model: str | None = None, report: Report = silent) ->
     dense = io.load(folder / DENSE)
     rewritten = dense.clone()
     results = passes.run(rewritten, steps)
-    ladder = Ladder(folder, dense, rewritten, steps, results, probe_for(loaded, steps), loaded.module)
+    ladder = Ladder(folder, dense, rewritten, steps, results, probe_for(loaded, dense, steps), loaded.module)
     manifest.checks = check_ladder(ladder, manifest.target, report)
     temporary = folder / ".manifest.json"
     temporary.write_text(manifest.model_dump_json(indent=2) + "\n")
