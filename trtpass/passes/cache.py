@@ -141,7 +141,9 @@ class InsertCache(Pass):
         return PassResult(self.name, True, tuple(report), (), self.describe())
 
 
-def insert_cache(model: ir.Model, phase: str, *, capacity: int | None = None, logits: str = "last") -> ir.Model:
+def insert_cache(
+    model: ir.Model, phase: str, *, capacity: int | None = None, logits: str = "last", context: int | None = None
+) -> ir.Model:
     """A copy of ``model`` with a cache; the weights are shared with it, not copied.
 
     Args:
@@ -149,6 +151,7 @@ def insert_cache(model: ir.Model, phase: str, *, capacity: int | None = None, lo
         phase: ``prefill`` or ``decode``.
         capacity: slots of a row; None leaves it symbolic.
         logits: ``last`` or ``all``.
+        context: the most tokens that the model is made for, kept as the graph's property ``trtpass.context``.
 
     Raises:
         AnchorError: a layer that is not causal, or positions that cannot be moved on by the cache's length.
@@ -157,6 +160,8 @@ def insert_cache(model: ir.Model, phase: str, *, capacity: int | None = None, lo
     for key, value in model.graph.metadata_props.items():  # a session only shows the model's own properties
         if key.startswith("trtpass."):
             copy.metadata_props.setdefault(key, value)
+    if context is not None:
+        copy.metadata_props["trtpass.context"] = str(context)
     InsertCache(CacheOptions(phase, capacity, logits))(copy)
     return copy
 

@@ -37,11 +37,12 @@ def attention_to_contrib(model: ir.Model) -> list[Choice]:
     choices: list[Choice] = []
     for node in [n for n in model.graph.all_nodes() if is_op(n, "Attention")]:
         site = _match(node)
+        label = " / ".join(filter(None, (node.metadata_props.get(f"{DOMAIN}.site"), node.name)))
         if isinstance(site, str):
-            choices.append((str(node.name), "Attention", site))
+            choices.append((label, "Attention", site))
             continue
         _replace(node, site, lengths)
-        choices.append((str(node.name), "GroupQueryAttention", site.why))
+        choices.append((label, "GroupQueryAttention", site.why))
     if any(decision == "GroupQueryAttention" for _, decision, _ in choices):
         model.opset_imports[CONTRIB] = 1
     return choices

@@ -18,7 +18,7 @@ from trtpass.op import DOMAIN
 from trtpass.passes.contrib import attention_to_contrib
 
 TARGETS = ("portable", "cpu")
-ORIGIN = "trtpass.op"  # metadata of an inlined node: the operator whose body it belongs to
+ORIGIN, SITE = "trtpass.op", "trtpass.site"  # metadata of an inlined node: the operator and the node that it came from
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ def inline_bodies(model: ir.Model, kind: str) -> list[Decision]:
                 "rewrite the model again with this version",
             )
         node.metadata_props.setdefault(ORIGIN, node.op_type)
+        node.metadata_props.setdefault(SITE, str(node.name))
         if op is None:
             continue
         for name, value in op.complete({k: a.value for k, a in node.attributes.items() if not a.is_ref()}).items():
@@ -100,7 +101,7 @@ def inline_bodies(model: ir.Model, kind: str) -> list[Decision]:
         if identifier not in model.functions:
             body = function(op, kind)
             model.functions[identifier] = body
-            todo += [inner for inner in body.all_nodes() if inner.domain == DOMAIN]
+            todo += [inner for inner in body.graph.all_nodes() if inner.domain == DOMAIN]
     try:
         common.InlinePass()(model)
     except (ir.passes.PreconditionError, ValueError) as error:
