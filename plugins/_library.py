@@ -1,4 +1,7 @@
-"""Bodies as functions that can be put into a model."""
+"""Bodies as functions that can be put into a model.
+
+A node that calls one must carry every attribute of its operator: ``op.complete(attrs)``.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,18 @@ from trtpass.op import DOMAIN, Op
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
+
+
+def _state_loop_conditions(function: ir.Function) -> None:
+    """Give each Loop without a first condition a true one: onnx's reference evaluator takes a missing one for false."""
+    import onnx_ir as ir
+
+    for node in list(function.all_nodes()):
+        if node.op_type == "Loop" and node.inputs[1] is None and node.graph is not None:
+            true = ir.node("Constant", [], attributes={"value": ir.tensor(True, name="true")})
+            true.outputs[0].name = f"{node.outputs[0].name}_first"
+            node.graph.insert_before(node, true)
+            node.replace_input_with(1, true.outputs[0])
 
 
 @cache
@@ -31,10 +46,14 @@ def _compiled(name: str, kind: str) -> bytes:
     (function,) = model.functions.values()
     function.opset_imports.pop(DOMAIN, None)
     function.name = name
+    _state_loop_conditions(function)
     for number, node in enumerate(function.all_nodes()):
         node.name = f"{node.op_type}_{number}"  # unique in subgraphs too, as parsers want them
     proto = ir.serde.serialize_function(function)
     proto.ClearField("value_info")  # types follow from the inputs: one body serves float32 and float16
+    # No default values: onnx's inliner and its reference evaluator lose them in silence. Nodes carry every attribute.
+    proto.attribute.extend(attribute.name for attribute in proto.attribute_proto)
+    proto.ClearField("attribute_proto")
     return proto.SerializeToString()
 
 

@@ -24,17 +24,19 @@ def model_of(
     """A model of one node; ``symbolic`` inputs have named sizes, else the sizes of the given arrays."""
     element = [helper.np_dtype_to_tensor_dtype(x.dtype) for x in inputs]
     floating = helper.np_dtype_to_tensor_dtype(next(x.dtype for x in inputs if x.dtype.kind == "f"))
-    named = [
+    given = [
         helper.make_tensor_value_info(port.name, kind_of, list(port.axes) if symbolic else list(x.shape))
         for port, kind_of, x in zip(op.inputs, element, inputs, strict=True)
     ]
-    outputs = []
+    outputs = []  # their sizes always have names: a body may cut C
     for port in op.outputs:
-        own = helper.np_dtype_to_tensor_dtype(np.dtype(port.dtypes[0]))
-        outputs.append(helper.make_tensor_value_info(port.name, own if len(port.dtypes) == 1 else floating, None))
-    node = helper.make_node(op.name, [p.name for p in op.inputs], [p.name for p in op.outputs], domain=DOMAIN, **attrs)
+        fixed = len(port.dtypes) == 1
+        kind_of = helper.np_dtype_to_tensor_dtype(np.dtype(port.dtypes[0])) if fixed else floating
+        outputs.append(helper.make_tensor_value_info(port.name, kind_of, list(port.axes)))
+    names = [[port.name for port in ports] for ports in (op.inputs, op.outputs)]
+    node = helper.make_node(op.name, *names, domain=DOMAIN, **op.complete(attrs))
     opsets = [helper.make_opsetid("", 24), helper.make_opsetid(DOMAIN, VERSION)]
-    graph = helper.make_graph([node], op.name, named, outputs)
+    graph = helper.make_graph([node], op.name, given, outputs)
     return helper.make_model(graph, functions=[function_proto(op, kind)], opset_imports=opsets, ir_version=10)
 
 

@@ -78,7 +78,9 @@ def test_bad_declarations_are_refused() -> None:
         return x
 
     def list_attribute(
-        x: Annotated[Tensor, Port("B", INT32)], *, times: list[int] = []  # noqa: B006
+        x: Annotated[Tensor, Port("B", INT32)],
+        *,
+        times: list[int] = [],  # noqa: B006
     ) -> Annotated[Tensor, Port("B", INT32, "y")]:
         return x
 

@@ -133,8 +133,10 @@ class Op:
     def body(self, kind: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
         """Decorator: attach the builder of an ONNX body. ``kind``: ``dynamic`` (lengths may depend on data) or ``static``.
 
-        The builder takes nothing and returns an ``onnxscript.OnnxFunction`` in domain ``trtpass`` with this op's name,
-        whose attribute parameters are this op's attributes. An op whose two bodies are the same registers it twice.
+        The builder takes nothing and returns an ``onnxscript.OnnxFunction`` in domain ``trtpass`` whose parameters are
+        this op's inputs and attributes; other such functions that it calls are inlined, and it is named as the op, by
+        ``plugins._library.function``, which is where passes get it. An op whose two bodies are the same registers it
+        twice.
         """
         if kind not in ("dynamic", "static"):
             raise ValueError(f"body kind {kind!r}: 'dynamic' or 'static'")
@@ -162,7 +164,8 @@ class Op:
             if name not in known:
                 raise InputError(f"{self.name} has no attribute '{name}'", f"one of {', '.join(known) or 'none'}")
             wanted = known[name].type
-            if not isinstance(value, wanted) and not (wanted is float and isinstance(value, int)):
+            fits = isinstance(value, wanted) or (wanted is float and isinstance(value, int))
+            if isinstance(value, bool) or not fits:
                 raise InputError(f"{self.name}.{name} is {value!r}", f"a value of type {wanted.__name__}")
         return {a.name: attrs.get(a.name, a.default) for a in self.attrs}
 
@@ -219,9 +222,7 @@ def op(*, name: str, source: str, shape: ShapeFn, tolerance: Tolerance) -> Calla
 
     def declare(reference: Callable[..., Any]) -> Op:
         # Annotations name torch.Tensor, which is imported for type checkers only.
-        hints = typing.get_type_hints(
-            reference, globalns={**reference.__globals__, "Tensor": Any}, include_extras=True
-        )
+        hints = typing.get_type_hints(reference, globalns={**reference.__globals__, "Tensor": Any}, include_extras=True)
         inputs: list[Port] = []
         attrs: list[Attr] = []
         for parameter in inspect.signature(reference).parameters.values():
@@ -237,8 +238,6 @@ def op(*, name: str, source: str, shape: ShapeFn, tolerance: Tolerance) -> Calla
         if not all(port.name for port in outputs):
             raise TypeError(f"{name}: every output Port needs a name")
         folder = reference.__module__.rsplit(".", 1)[-1]
-        return Op(
-            name, reference, tuple(inputs), tuple(outputs), tuple(attrs), shape, source, tolerance, folder
-        )
+        return Op(name, reference, tuple(inputs), tuple(outputs), tuple(attrs), shape, source, tolerance, folder)
 
     return declare

@@ -36,7 +36,7 @@ def SelectTokens(
     # Invariant: at least `need` candidates >= low, fewer >= high. Stops where exactly `need` are >= low, or where low
     # and high are adjacent floats; from any two finite floats that takes fewer than 300 rounds. A row that has stopped
     # repeats its last step without effect. Counts are float32: exact to 2^24, and summed five times as fast as int32.
-    high = op.ReduceMax(ranked, axis2)  # [B, N, 1]
+    high = op.Max(op.ReduceMax(ranked, axis2), -FLOAT32_MAX)  # [B, N, 1], finite also where nothing is a candidate
     low = op.ReduceMin(op.Where(candidate, finite, FLOAT32_MAX), axis2)
     at_top = op.ReduceSum(op.Cast(ranked >= high, to=1), axis2)
     low = op.Where(at_top >= need, high, low)
