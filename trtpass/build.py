@@ -110,6 +110,7 @@ def build(request: Request, report: Report = silent) -> tuple[Manifest, Path]:
             target=request.target,
             sm=list(sm),
             context=context,
+            stop_ids=_stop_ids(loaded),
             whole_prompt=dict(rewritten.metadata_props).get(WHOLE_PROMPT_KEY),
             artifacts=[artifact(work, p) for p in sorted(work.iterdir()) if p.is_file() and not p.name.startswith(".")],
             checks=checks,
@@ -263,6 +264,15 @@ def _save_example(ladder: Ladder, work: Path) -> None:
         results = RunResults()
         results.add([{output: logits}], runner_name="torch" if ladder.saved is not None else "onnxruntime")
         results.save(str(work / "outputs.json"))
+
+
+def _stop_ids(loaded: Loaded) -> list[int]:
+    """Tokens that end a text, from the configuration and the tokenizer."""
+    ids: set[int] = set()
+    for source in (loaded.config, loaded.tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        ids.update(value if isinstance(value, list) else [] if value is None else [int(value)])
+    return sorted(ids)
 
 
 def _records(pipeline: Sequence[Pass], results: Sequence[PassResult], ladder: Ladder) -> list[PassRecord]:

@@ -87,6 +87,7 @@ class Manifest(_Strict):
     target: str
     sm: list[str]
     context: int
+    stop_ids: list[int] = []
     whole_prompt: str | None = None
     artifacts: list[Artifact]
     checks: Checks
@@ -112,9 +113,13 @@ class Manifest(_Strict):
         try:
             return Manifest.model_validate_json(path.read_bytes())
         except FileNotFoundError as error:
-            raise InputError(f"'{folder}' has no {NAME}", "an engine folder", "build one with `make engine MODEL=...`") from error
+            raise InputError(
+                f"'{folder}' has no {NAME}", "an engine folder", "build one with `make engine MODEL=...`"
+            ) from error
         except (ValidationError, UnicodeDecodeError) as error:
-            raise InputError(f"'{path}' is not a trtpass manifest: {str(error).splitlines()[0]}", fix="build again") from error
+            raise InputError(
+                f"'{path}' is not a trtpass manifest: {str(error).splitlines()[0]}", fix="build again"
+            ) from error
 
 
 def artifact(folder: Path, path: Path) -> Artifact:
@@ -129,7 +134,16 @@ def artifact(folder: Path, path: Path) -> Artifact:
 def versions() -> dict[str, str]:
     """Versions of what can change a result, those that are installed."""
     found = {"python": platform.python_version()}
-    for name in ("trtpass", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx-cu13"):
+    for name in (
+        "trtpass",
+        "torch",
+        "transformers",
+        "onnx",
+        "onnx-ir",
+        "onnxscript",
+        "onnxruntime",
+        "tensorrt-rtx-cu13",
+    ):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -152,7 +166,11 @@ def render(manifest: Manifest, folder: Path) -> Table:
     if not manifest.passes:
         table.add_row("pass", "none (dense)")
     table.add_row("target", manifest.target + (f" ({', '.join(manifest.sm)})" if manifest.sm else ""))
-    meaning = {"export": "torch = raised ONNX", "rewrite": "torch twin = rewritten ONNX", "engine": "rewritten ONNX = engine"}
+    meaning = {
+        "export": "torch = raised ONNX",
+        "rewrite": "torch twin = rewritten ONNX",
+        "engine": "rewritten ONNX = engine",
+    }
     colour = {"passed": "green", "failed": "bold red", "not_run": "yellow"}
     for name, check in manifest.checks.items():
         text = f"[{colour[check.status]}]{check.status}[/]  {meaning[name]}"

@@ -1,0 +1,82 @@
+"""``trtpass generate``: text in, text out, streamed as it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from trtpass.errors import InputError
+from trtpass.manifest import Manifest
+from trtpass.runtime import Engine
+from trtpass.text import TextStream, Tokenizer
+
+RUNNABLE = ("cpu", "portable")
+
+
+def generate(
+    folder: Path,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int,
+    chunk: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    threads: int | None = None,
+    provider: str = "cpu",
+    write: Callable[[str], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Generate from an engine folder.
+
+    Args:
+        prompts: one text a row; they run as one batch, of any lengths.
+        chunk: tokens of prefill at a time; None reads whole prompts.
+        write: called with each piece of text of a single prompt as it is made, or with the whole of each of several.
+
+    Returns:
+        A dict a row: ``prompt``, ``text``, ``prompt_tokens``, ``tokens`` (new ids), ``stopped`` (stop, length, context).
+
+    Raises:
+        InputError: no engine there, a target that does not run here, an empty prompt, or what ``Engine`` refuses.
+    """
+    manifest = Manifest.read(folder)
+    if manifest.target not in RUNNABLE:
+        raise InputError(
+            f"this engine's target is '{manifest.target}', whose plans run in TensorRT-RTX on a GPU",
+            f"an engine of target {' or '.join(RUNNABLE)}",
+            "build one with TARGET=cpu",
+        )
+    if chunk is not None and manifest.whole_prompt:
+        raise InputError(
+            f"prefill in chunks of {chunk}, but '{manifest.whole_prompt}' is defined on whole prompts only: it selects tokens by what "
+            "the last queries of the prompt look at",
+            "a whole prompt",
+            "leave --chunk away, or use a dense engine (trtpass build --dense)",
+        )
+    tokenizer = Tokenizer.open(folder)
+    rows = [tokenizer.encode(text) for text in prompts]
+    for text, row in zip(prompts, rows, strict=True):
+        if not row:
+            raise InputError(f"the prompt {text!r} has no tokens", "at least one")
+    engine = Engine.open(folder, provider, threads, manifest.context)
+    streams = [TextStream(tokenizer) for _ in rows]
+    texts, tokens = [""] * len(rows), [list[int]() for _ in rows]
+    stopped: list[str | None] = [None] * len(rows)
+    for step in engine.generate(rows, max_tokens, manifest.stop_ids, temperature, seed, chunk):
+        for i, token in enumerate(step.tokens):
+            if token is None:
+                continue
+            tokens[i].append(token)
+            piece = "" if token in manifest.stop_ids else streams[i].push(token)
+            if step.stopped[i]:
+                stopped[i] = step.stopped[i]
+                piece += streams[i].finish()
+            texts[i] += piece
+            if write and piece and len(rows) == 1:
+                write(piece)
+    if write:
+        write("\n" if len(rows) == 1 else "".join(f"[{i}] {text}\n" for i, text in enumerate(texts)))
+    return [
+        {"prompt": p, "text": t, "prompt_tokens": len(r), "tokens": n, "stopped": s}
+        for p, t, r, n, s in zip(prompts, texts, rows, tokens, stopped, strict=True)
+    ]
