@@ -21,9 +21,12 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from trtpass.doctor import gpus
 from trtpass.errors import InputError
 from trtpass.ir import check
+from trtpass.op import DOMAIN
 from trtpass.passes.explicit_masks import NONPAD, explicit_masks
+from trtpass.passes.turing import products_as_sums
 from trtpass.staging import replacing
 
 SMS = ("SM75", "SM80", "SM86", "SM89", "SM120")
@@ -44,6 +47,9 @@ __all__ = ["OFFERED", "SMS", "PlanReport", "available", "build_plan", "explicit_
 class PlanReport:
     """A plan that was built. Memory and sizes in bytes, time in seconds.
 
+    ``peak_memory`` is of the build, ``activation_memory`` what a run takes on the GPU at the profile's maximum, beside
+    weights and cache, as the builder says it.
+
     ``layers`` counts the parsed network's layers, before fusion; ``decomposed`` says that attentions without a fused
     kernel (float32, or a head width such as 8) were allowed to become matrix products and softmax.
     """
@@ -58,6 +64,7 @@ class PlanReport:
     inputs: dict[str, str]
     seconds: float
     peak_memory: int
+    activation_memory: int
     warnings: tuple[str, ...]
     version: str
 
@@ -71,22 +78,38 @@ def available() -> bool:
     return importlib.util.find_spec("tensorrt_rtx") is not None
 
 
-def lower(model: ir.Model) -> ir.Model:
+def lower(model: ir.Model, compute_capabilities: Sequence[str] = SMS) -> ir.Model:
     """A copy of a prefill, decode or stateless graph for TensorRT-RTX: static bodies, float16, explicit masks.
+
+    Args:
+        model: canonical, with trtpass nodes or without; it is not changed, and the copy reads its weights lazily.
+        compute_capabilities: those to build for; SM75 needs float32 products in another form.
 
     Raises:
         InputError: an operator without a static body, a symbolic cache, or types that cannot become float16.
     """
+    from plugins import all_ops
     from trtpass.passes.lower import inline_bodies
     from trtpass.passes.precision import to_fp16
 
     copy = model.clone()
+    for identifier in [i for i in copy.functions if i[0] == DOMAIN and i[1] in all_ops()]:
+        del copy.functions[identifier]  # a rewritten graph carries dynamic bodies; inlining attaches the static ones
     inline_bodies(copy, "static")
     to_fp16(copy)
     explicit_masks(copy)
+    if _has_turing(compute_capabilities):
+        products_as_sums(copy)
     copy.metadata_props["trtpass.target"] = "tensorrt-rtx"
     check(copy, "the graph lowered to 'tensorrt-rtx'")
     return copy
+
+
+def _has_turing(compute_capabilities: Sequence[str]) -> bool:
+    if "CURRENT" in compute_capabilities:
+        found = gpus()
+        return not isinstance(found, str) and any(sm == 75 for _, sm in found)
+    return "SM75" in compute_capabilities
 
 
 def build_plan(

@@ -20,6 +20,8 @@ import tensorrt_rtx as trt
 
 from trtpass.errors import InputError, TrtpassError
 
+_ACTIVATION = "Total Activation Memory: "
+
 
 class _Log(trt.ILogger):
     """Keeps what the parser and the builder say."""
@@ -28,12 +30,15 @@ class _Log(trt.ILogger):
         trt.ILogger.__init__(self)
         self.errors: list[str] = []
         self.warnings: list[str] = []
+        self.activation_memory = 0
 
     def log(self, severity: Any, message: str) -> None:
         if severity <= trt.ILogger.ERROR:
             self.errors.append(message)
         elif severity == trt.ILogger.WARNING:
             self.warnings.append(message)
+        elif message.startswith(_ACTIVATION):
+            self.activation_memory = int(message.removeprefix(_ACTIVATION).split()[0])
 
 
 class _Progress(trt.IProgressMonitor):
@@ -176,6 +181,7 @@ def build(request: dict[str, Any], channel: TextIO) -> dict[str, Any]:
             if request["decompose"]:
                 _as(layer, "IAttentionInputLayer").attention.decomposable = True
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # what the graph keeps in float32 is meant to be float32
     config.num_compute_capabilities = len(request["compute_capabilities"])
     for i, name in enumerate(request["compute_capabilities"]):
         config.set_compute_capability(getattr(trt.ComputeCapability, name), i)
@@ -198,6 +204,7 @@ def build(request: dict[str, Any], channel: TextIO) -> dict[str, Any]:
         "inputs": types,
         "seconds": time.monotonic() - started,
         "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "activation_memory": log.activation_memory,
         "warnings": sorted(set(log.warnings)),
         "version": trt.__version__,
     }
