@@ -71,6 +71,17 @@ def smollm2() -> Any:
         pytest.skip(str(error))
 
 
+@pytest.fixture(scope="session")
+def smollm2_onnx(smollm2: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plain export of the real SmolLM2-135M-Instruct, ``model.onnx`` beside ``weights.bin`` (540 MB)."""
+    from trtpass import io
+    from trtpass.export import export
+
+    path = tmp_path_factory.mktemp("smollm2") / "model.onnx"
+    io.save(export(smollm2.module, smollm2.config, context=smollm2.context), path)
+    return path
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """``golden(name, text)``: ``text`` equals ``graphs/golden/<name>.txt``; ``make golden`` writes the file instead."""
