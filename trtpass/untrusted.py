@@ -158,8 +158,8 @@ class Checker(ValueChecker):
             domain = _domain(opset.domain)
             if versions.setdefault(domain, opset.version) != opset.version:
                 self.fail(f"{owner} imports domain {shown(opset.domain)} twice", "one version of each domain")
-            if opset.version < 1:
-                self.fail(f"{owner} imports version {opset.version} of domain {shown(opset.domain)}", "1 or more")
+            if not 1 <= opset.version < 1 << 31:
+                self.fail(f"{owner} imports version {opset.version} of domain {shown(opset.domain)}", "1 to 2**31")
         if not versions:
             self.fail(f"{owner} imports no operator set", f"an opset_import of at most {MAX_OPSET}")
         if versions.get("", 1) > MAX_OPSET:
