@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trtpass.errors import InputError
+from trtpass.ir import SMALL
 
 HALF_MAX = float(np.finfo(np.float16).max)
 SINGLE_MAX = float(np.finfo(np.float32).max)
@@ -49,11 +50,14 @@ def half_array(array: np.ndarray, name: str) -> np.ndarray:
     return out.reshape(array.shape)
 
 
-def lazy_half(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
+def lazy_half(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     """A float16 edition of a float32 tensor that reads it only when it is written, and then holds it only once.
 
-    The same tensor gives the same object, so that prefill and decode graphs go on sharing their weights.
+    Tensors small enough to stay inside a protobuf are converted now. The same large tensor gives the same object, so
+    that prefill and decode graphs go on sharing their weights.
     """
+    if 2 * tensor.size <= SMALL:
+        return ir.tensor(half_array(tensor.numpy(), name), name=name)
     known = _LAZY.get(id(tensor))
     if known is None:
         known = _LAZY[id(tensor)] = ir.LazyTensor(
