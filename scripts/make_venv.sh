@@ -4,22 +4,23 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$1
 
-stop() {
-    printf 'error: %s\n' "$@" >&2
+stop() { # found, expected, what to do
+    printf '%s.\n  Expected: %s.\n  To do: %s.\n' "$@" >&2
     exit 2
 }
 
+supported="Python 3.11 or 3.12"
 command -v "$python" >/dev/null ||
-    stop "there is no '$python' on PATH" "expected Python 3.11 or 3.12" "to do: make setup PYTHON=/path/to/python3.12"
+    stop "there is no '$python' on PATH" "$supported" "make setup PYTHON=/path/to/python3.12"
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') ||
-    stop "'$python' does not run" "to do: make setup PYTHON=/path/to/python3.12"
+    stop "'$python' does not run" "$supported" "make setup PYTHON=/path/to/python3.12"
 case $version in
     3.11 | 3.12) ;;
-    *) stop "'$python' is Python $version" "expected 3.11 or 3.12" "to do: make setup PYTHON=python3.12" ;;
+    *) stop "'$python' is Python $version" "$supported" "make setup PYTHON=python3.12" ;;
 esac
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
-    stop "'$python' cannot create virtual environments" "expected the modules venv and ensurepip" \
-        "to do: apt install python$version-venv, then make setup again"
+    stop "'$python' cannot create virtual environments" "its modules venv and ensurepip" \
+        "apt install python$version-venv, then make setup again"
 
 [[ -x .venv/bin/python ]] || "$python" -m venv .venv
 pip=(.venv/bin/python -m pip --disable-pip-version-check)
