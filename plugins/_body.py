@@ -14,10 +14,9 @@ from onnxscript.values import Opset
 from trtpass.op import DOMAIN, VERSION
 
 TRTPASS = Opset(DOMAIN, VERSION)
-FLOAT32_MAX = 3.4028234663852886e38
 
 Float32: Any = FLOAT[...]
 Floats: Any = Union[FLOAT[...], FLOAT16[...]]  # noqa: UP007  (onnxscript does not read X | Y)
 Int32: Any = INT32[...]
 
-__all__ = ["FLOAT32_MAX", "TRTPASS", "Float32", "Floats", "Int32", "op"]
+__all__ = ["TRTPASS", "Float32", "Floats", "Int32", "op"]

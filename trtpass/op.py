@@ -131,7 +131,7 @@ class Op:
         return inspect.getdoc(self.reference) or ""
 
     def body(self, kind: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
-        """Decorator: attach the builder of an ONNX body. ``kind``: ``dynamic`` (lengths may depend on data) or ``static``.
+        """Decorator: attach the builder of an ONNX body: ``dynamic`` (lengths may depend on data) or ``static``.
 
         The builder takes nothing and returns an ``onnxscript.OnnxFunction`` in domain ``trtpass`` whose parameters are
         this op's inputs and attributes; other such functions that it calls are inlined, and it is named as the op, by

@@ -32,8 +32,8 @@ def select_tokens(
 ]:
     """The ``min(keep, L, C)`` first tokens of each row in the order (protected, score descending, index ascending).
 
-    Infinite scores count as the largest finite value of their sign, NaN as the lowest; equal scores go to the lowest
-    index. Capacity ``C = ceil(S * max_keep_permille / 1000)`` depends on shapes alone.
+    Scores are clipped to +-1.7e38 (half of the largest float32; infinities too), and NaN counts as the lowest; equal
+    scores go to the lowest index. Capacity ``C = ceil(S * max_keep_permille / 1000)`` depends on shapes alone.
 
     Args:
         score: `[B, N, S]`.
@@ -56,8 +56,8 @@ def select_tokens(
         raise InputError(f"SelectTokens.window is {window}", "0 or more")
     batch, heads, tokens = score.shape
     capacity = (tokens * max_keep_permille + 999) // 1000
-    lowest = torch.finfo(torch.float32).min
-    finite = score.float().nan_to_num(nan=lowest, posinf=-lowest, neginf=lowest)
+    lowest = torch.finfo(torch.float32).min / 2
+    finite = score.float().nan_to_num(nan=lowest).clamp(lowest, -lowest)
     index = torch.full((batch, heads, capacity), tokens, dtype=torch.int32, device=score.device)
     count = torch.empty(batch, heads, dtype=torch.int32, device=score.device)
     for b in range(batch):

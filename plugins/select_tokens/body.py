@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from onnxscript import script
 
-from plugins._body import FLOAT32_MAX, TRTPASS, Float32, Int32, op
+from plugins._body import TRTPASS, Float32, Int32, op
+
+LARGEST = 1.7014117331926443e38  # half of the largest float32, so that the sum of two bounds is finite
 
 
 @script(TRTPASS, default_opset=op)
@@ -30,22 +32,22 @@ def SelectTokens(
     forced = op.Unsqueeze(op.And(op.Not(scarce), protected), axis1)
     need = op.Unsqueeze(op.Cast(op.Where(scarce, count, count - protected_count), to=1), axis1)  # [B, 1, 1] float32
 
-    finite = op.Clip(op.Where(op.IsNaN(score), -FLOAT32_MAX, score), -FLOAT32_MAX, FLOAT32_MAX)
+    finite = op.Clip(op.Where(op.IsNaN(score), -LARGEST, score), -LARGEST, LARGEST)
     ranked = op.Where(candidate, finite, op.Constant(value_float=float("-inf")))  # [B, N, S]
 
     # Invariant: at least `need` candidates >= low, fewer >= high. Stops where exactly `need` are >= low, or where low
     # and high are adjacent floats; from any two finite floats that takes fewer than 300 rounds. A row that has stopped
     # repeats its last step without effect. Counts are float32: exact to 2^24, and summed five times as fast as int32.
-    high = op.Max(op.ReduceMax(ranked, axis2), -FLOAT32_MAX)  # [B, N, 1], finite also where nothing is a candidate
-    low = op.ReduceMin(op.Where(candidate, finite, FLOAT32_MAX), axis2)
+    high = op.Max(op.ReduceMax(ranked, axis2), -LARGEST)  # [B, N, 1], finite also where nothing is a candidate
+    low = op.ReduceMin(op.Where(candidate, finite, LARGEST), axis2)
     at_top = op.ReduceSum(op.Cast(ranked >= high, to=1), axis2)
     low = op.Where(at_top >= need, high, low)
-    middle = low * 0.5 + high * 0.5
+    middle = (low + high) * 0.5
     for _ in range(300):
         reached = op.ReduceSum(op.Cast(ranked >= middle, to=1), axis2)
         high = op.Where(reached > need, high, middle)
         low = op.Where(reached >= need, middle, low)
-        middle = low * 0.5 + high * 0.5
+        middle = (low + high) * 0.5
         settled = op.ReduceMax(op.Min(middle - low, high - middle), keepdims=0) <= 0.0
         if settled:
             break
