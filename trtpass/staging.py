@@ -34,18 +34,19 @@ def staged(folder: str | Path) -> Iterator[Path]:
     same folder; if it was killed between the two renames of the swap, the old folder is put back.
 
     Raises:
-        InputError: ``folder`` is a file, or holds files that trtpass did not write, or the block met a full or
-            read-only disk.
+        InputError: ``folder`` is a file, or holds files that trtpass did not write, or it cannot be written, or
+            the block met a full disk.
     """
     target = Path(os.path.realpath(folder))
     with ExitStack() as stack:
         stack.enter_context(disk_errors(target))
         stack.enter_context(_signals_raise())
-        _refuse_foreign(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
         work = _temporary(target)
         stack.callback(shutil.rmtree, work, ignore_errors=True)  # absent after a success
-        with _swapping(target):
+        with _path_errors(target):
+            _refuse_foreign(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with _path_errors(target), _swapping(target):
             _clean(target)
             work.mkdir()
             (work / MARK).touch()
@@ -63,7 +64,7 @@ def replacing(path: Path, size: int) -> Iterator[BinaryIO]:
         stack.enter_context(disk_errors(path, size))
         work = _temporary(path)
         stack.callback(work.unlink, missing_ok=True)
-        with _swapping(path):
+        with _path_errors(path), _swapping(path):
             _clean(path)
             handle = stack.enter_context(work.open("xb"))
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -99,7 +100,7 @@ def _refuse_foreign(target: Path) -> None:
     if any(target.iterdir()) and not (target / MARK).is_file():
         raise InputError(
             f"{target} holds files that trtpass did not write (it has no {MARK} file)",
-            "a new, an empty, or an earlier output folder, because its content is replaced",
+            "a new, an empty, or an earlier output folder: its content is replaced",
             "give another name, or remove the folder",
         )
 
@@ -177,7 +178,7 @@ def _signals_raise() -> Iterator[None]:
 
 @contextmanager
 def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
-    """A full, read-only or forbidden disk becomes an InputError that names ``path``, bytes needed and bytes free."""
+    """A full disk becomes an InputError that names ``path``, the bytes needed and the bytes free."""
     try:
         yield
     except OSError as error:
@@ -191,8 +192,20 @@ def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
                 f"{needed} free bytes" if needed is not None else "enough free space",
                 "free some space, or write to another disk",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
-            raise InputError(
-                f"{error.filename or path}: {error.strerror}", "a place that can be read and written", "check the path"
-            ) from error
         raise
+
+
+@contextmanager
+def _path_errors(path: Path) -> Iterator[None]:
+    """Whatever keeps ``path`` from being begun is the caller's to mend, so it becomes an InputError."""
+    with disk_errors(path):
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise InputError(
+                f"{path} cannot be written ({error.filename or path.parent}: {error.strerror})",
+                "a folder that can be written",
+                "check the path",
+            ) from error

@@ -17,8 +17,9 @@ import onnx_ir as ir
 from bases import bases, write_data
 from mutate import mutated
 
-from trtpass import anchors, canonicalize, io
+from trtpass import io
 from trtpass.errors import TrtpassError
+from trtpass.inspect import inspect
 
 MEMORY = 6 << 30  # bytes of address space: a file of a few KB that needs more has blown up
 
@@ -43,14 +44,12 @@ def run(path: Path) -> tuple[str, str]:
         except onnx.checker.ValidationError as error:
             if "'shape' of 'type' is required" not in str(error):  # load lets outputs have no shape
                 raise
-        stage = "canonicalize"
-        canonicalize.canonicalize(model)
-        stage = "anchors"
-        anchors.find(model)
+        stage = "inspect"  # raises the graph, finds anchors, asks every pass whether it applies
+        inspect(model)
         stage = "serialize"
         ir.serde.serialize_model(model)
     except TrtpassError as error:
-        if stage in ("load", "canonicalize", "anchors"):
+        if stage in ("load", "inspect"):
             return "refused", f"{stage}: {error}"
         return "unguarded", f"{stage}: {error}"
     except Exception:  # noqa: BLE001 - the point of the test: report everything else
