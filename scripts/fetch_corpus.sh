@@ -29,6 +29,6 @@ if command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null && download &
 fi
 {
     echo "note: the English text of Debian's package jargon-text could not be fetched:"
-    [[ -s $log ]] && tail -n 3 "$log" | sed 's/^/  /'
+    if [[ -s $log ]]; then tail -n 3 "$log" | sed 's/^/  /'; else echo "  there is no apt-get or dpkg-deb here"; fi
     echo "  quality checks and calibration need a text file given with --text; everything else works"
 } >&2
