@@ -79,11 +79,17 @@ OP = column_mass
 
 
 @OP.body("dynamic")
-@OP.body("static")
-def _body() -> Any:
-    from plugins.column_mass.body import ColumnMass
+def _dynamic() -> Any:
+    from plugins.column_mass.body import attended
 
-    return ColumnMass
+    return attended
+
+
+@OP.body("static")
+def _static() -> Any:
+    from plugins.column_mass.body import multiplied
+
+    return multiplied
 
 
 @OP.cases
