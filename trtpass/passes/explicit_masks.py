@@ -71,31 +71,35 @@ def explicit_masks(model: ir.Model) -> int:
 def _mask(
     graph: ir.Graph, before: ir.Node, q: ir.Value, nonpad: ir.Value, capacity: int, causal: bool, name: str
 ) -> ir.Value:
-    """The mask bool ``[B, 1, T, capacity]`` (``[B, 1, 1, capacity]`` if not causal), inserted before a node."""
+    """The mask bool ``[B, 1, T, capacity]``, inserted before a node."""
     int32, int64, boolean = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL
     keys = constant(graph, f"mask.keys.{capacity}", np.arange(capacity, dtype=np.int32).reshape(1, 1, 1, capacity))
     row = constant(graph, "mask.row", np.array([-1, 1, 1, 1], np.int64))
     batch = (dims(nonpad) or [None])[0]
     rows = make_node("Reshape", [nonpad, row], [(f"{name}.rows", int64, [batch, 1, 1, 1])])
     valid = make_node("Cast", rows.outputs, [(f"{name}.valid", int32, [batch, 1, 1, 1])], {"to": int(int32)})
-    nodes = [rows, valid]
+    tokens = (dims(q) or [None] * 4)[2]
+    size = make_node("Shape", [q], [(f"{name}.size", int64, [1])], {"start": 2, "end": 3})
+    nodes = [rows, valid, size]
     if causal:
-        tokens = (dims(q) or [None] * 4)[2]
         column = constant(graph, "mask.column", np.array([1, 1, -1, 1], np.int64))
         zero, one = (constant(graph, f"mask.int{i}", np.array(i, np.int32)) for i in (0, 1))
-        size = make_node("Shape", [q], [(f"{name}.size", int64, [1])], {"start": 2, "end": 3})
         flat = make_node("Squeeze", size.outputs, [(f"{name}.flat", int64, [])])
         count = make_node("Cast", flat.outputs, [(f"{name}.count", int32, [])], {"to": int(int32)})
         ranged = make_node("Range", [zero, count.outputs[0], one], [(f"{name}.range", int32, [tokens])])
         query = make_node("Reshape", [ranged.outputs[0], column], [(f"{name}.query", int32, [1, 1, tokens, 1])])
         past = make_node("Sub", [valid.outputs[0], count.outputs[0]], [(f"{name}.past", int32, [batch, 1, 1, 1])])
         last = make_node("Add", [past.outputs[0], query.outputs[0]], [(f"{name}.last", int32, [batch, 1, tokens, 1])])
-        shape = [batch, 1, tokens, capacity]
-        visible = make_node("LessOrEqual", [keys, last.outputs[0]], [(name, boolean, shape)])
-        nodes += [size, flat, count, ranged, query, past, last, visible]
+        visible = make_node("LessOrEqual", [keys, last.outputs[0]], [(name, boolean, [batch, 1, tokens, capacity])])
+        nodes += [flat, count, ranged, query, past, last, visible]
     else:
-        visible = make_node("Less", [keys, valid.outputs[0]], [(name, boolean, [batch, 1, 1, capacity])])
-        nodes.append(visible)
+        ones = constant(graph, "mask.ones", np.ones(1, np.int64))
+        lone = make_node("Less", [keys, valid.outputs[0]], [(f"{name}.lone", boolean, [batch, 1, 1, capacity])])
+        shape = make_node("Concat", [ones, ones, size.outputs[0], ones], [(f"{name}.shape", int64, [4])], {"axis": 0})
+        visible = make_node(
+            "Expand", [lone.outputs[0], shape.outputs[0]], [(name, boolean, [batch, 1, tokens, capacity])]
+        )
+        nodes += [lone, shape, visible]
     graph.insert_before(before, nodes)
     return visible.outputs[0]
 

@@ -50,6 +50,7 @@ def products_as_sums(model: ir.Model) -> int:
         total = make_node("ReduceSum", [terms.outputs[0], last], [(f"{name}.sum", single, dims(out))], {"keepdims": 0})
         graph.insert_before(node, [left, turned, right, terms, total])
         out.replace_all_uses_with(total.outputs[0], replace_graph_outputs=True)
+        out.name, total.outputs[0].name = f"{name}.product", name
         changed += 1
     if changed:
         tidy(model)
