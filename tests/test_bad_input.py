@@ -127,6 +127,12 @@ def _functions(first: str, second: str) -> onnx.ModelProto:
     )
 
 
+def _edit_function(change: Callable[[onnx.FunctionProto], object]) -> onnx.ModelProto:
+    model = _functions("b = Relu (a)", "b = Relu (a)")
+    change(model.functions[0])
+    return model
+
+
 def _bomb() -> onnx.ModelProto:
     """40 functions, each of which calls the next one twice: 2^40 nodes when inlined."""
     text = '<ir_version: 10, opset_import: ["" : 24, "local" : 1]> g (float[N] x) => (float[N] y) { y = local.f0 (x) }'
@@ -193,6 +199,10 @@ CASES: dict[str, tuple[onnx.ModelProto, tuple[str, ...]]] = {
     "function calls itself": (_functions("b = local.f (a)", "b = Relu (a)"), ("call themselves", "local::f")),
     "functions call each other": (_functions("b = local.h (a)", "b = local.f (a)"), ("local::h", "local::f")),
     "function: undefined": (_functions("b = Relu (x)", "b = Relu (a)"), ("'x'", "function 'f'")),
+    "function of another opset": (
+        _edit_function(lambda f: setattr(f.opset_import[0], "version", 6)),
+        ("Relu node 'b'", "version 6", "14"),
+    ),
     "functions that explode": (_bomb(), ("a million nodes",)),
     "dims against data": (_edit(_dims(8, 9)), ("256 bytes", "288 bytes")),
     "dims overflow to the right size": (_edit(_dims(1 << 32, 1 << 32, 64)), ("shape",)),

@@ -90,6 +90,7 @@ class Checker(ValueChecker):
         super().__init__(file)
         self.proto = proto
         self.functions: dict[tuple[str, str, str], onnx.FunctionProto] = {}
+        self.versions: dict[str, int] = {}
         self.unknown: list[str] = []
 
     def check(self) -> None:
@@ -104,7 +105,7 @@ class Checker(ValueChecker):
             self.fail(f"IR version {proto.ir_version}", f"IR version {low} to {high}", "export for an older IR version")
         if not proto.graph.node:
             self.fail("the graph has no nodes", "a graph that computes something")
-        imports = self.imports(proto.opset_import, "the model")
+        imports = self.versions = self.imports(proto.opset_import, "the model")
         for function in proto.functions:
             key = (_domain(function.domain), function.name, function.overload)
             if key in self.functions:
@@ -296,6 +297,13 @@ class Checker(ValueChecker):
                 self.fail(f"{_describe(node)} has more inputs or outputs than its function", "as the function declares")
         elif domain in _STANDARD:
             schema = _schema(node.op_type, imports[domain], domain)
+            inlined = _schema(node.op_type, self.versions.get(domain, imports[domain]), domain)
+            if schema and inlined and schema.since_version != inlined.since_version:
+                self.fail(
+                    f"{_describe(node)} in a function means version {schema.since_version}, but {inlined.since_version} "
+                    "in the model",
+                    "functions whose opset agrees with the model's",
+                )
             if schema is None or schema.deprecated:
                 self.unknown.append(f"{_describe(node)} (not in version {imports[domain]})")
             else:
