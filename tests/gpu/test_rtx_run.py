@@ -1,0 +1,91 @@
+"""A plan built for the GPU of this machine computes what ONNX Runtime computes from the same float16 graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from tests import tiny
+from trtpass import doctor, io, passes, rtx
+from trtpass.passes.cache import insert_cache
+
+pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
+CAPACITY = 256
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _gpu() -> None:
+    run = next(f for f in doctor.examine() if f.name == "target tensorrt-rtx: run")
+    if run.status != "ok":
+        pytest.skip(run.means)
+    pytest.importorskip("torch", reason="torch holds the device buffers")
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("torch is built without CUDA, and it holds the device buffers")
+
+
+def execute(plan: Path, feeds: dict[str, np.ndarray], outputs: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """One run of a plan; outputs are poisoned with NaN first."""
+    import tensorrt_rtx as trt
+    import torch
+
+    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(plan.read_bytes())
+    assert engine is not None, "the plan does not load on this GPU"
+    context = engine.create_execution_context()
+    kept: list[Any] = []
+    for name, array in feeds.items():
+        tensor = torch.from_numpy(np.ascontiguousarray(array)).cuda()
+        kept.append(tensor)
+        context.set_input_shape(name, tuple(array.shape))
+        context.set_tensor_address(name, tensor.data_ptr())
+    made = {n: torch.full(shape, float("nan"), dtype=torch.float16, device="cuda") for n, shape in outputs.items()}
+    for name, tensor in made.items():
+        context.set_tensor_address(name, tensor.data_ptr())
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    assert context.execute_async_v3(stream.cuda_stream)
+    stream.synchronize()
+    return {name: tensor.cpu().numpy() for name, tensor in made.items()}
+
+
+@pytest.mark.parametrize(
+    ("phase", "method"), [("prefill", ""), ("decode", ""), ("prefill", "token-sparse:min_tokens=0,window=8")]
+)
+def test_plan_equals_onnxruntime(phase: str, method: str, tmp_path: Path) -> None:
+    source = tiny.decoder()
+    if method:
+        passes.parse(method + ",coverage=0,layers=all")(source)  # keeps every token: no chaotic selection to compare
+    model = rtx.lower(insert_cache(source, phase, capacity=CAPACITY, logits="all"), ["CURRENT"])
+    io.save(model, tmp_path / "graph.onnx")
+    tokens = 96 if phase == "prefill" else 3
+    rng = np.random.default_rng(0)
+    feeds: dict[str, np.ndarray] = {}
+    profile = {}
+    for value in model.graph.inputs:
+        shape = [2 if i == 0 else d if isinstance(d, int) else tokens for i, d in enumerate(value.shape or [])]
+        profile[str(value.name)] = ([1, *shape[1:]], shape, shape)
+        if value.dtype == ir.DataType.FLOAT16:
+            feeds[str(value.name)] = rng.standard_normal(shape).astype(np.float16)
+    feeds["input_ids"] = rng.integers(0, 64, (2, tokens))
+    feeds["lengths"] = np.array([tokens, tokens - 2], np.int32)
+    if phase == "decode":
+        feeds["past_lengths"] = np.array([17, 201], np.int32)
+    rtx.build_plan(tmp_path / "graph.onnx", tmp_path / "graph.plan", compute_capabilities=["CURRENT"], profile=profile)
+    session = ort.InferenceSession(tmp_path / "graph.onnx", providers=["CPUExecutionProvider"])
+    names = [o.name for o in session.get_outputs()]
+    expected = dict(zip(names, (np.asarray(v) for v in session.run(names, feeds)), strict=True))
+    got = execute(tmp_path / "graph.plan", feeds, {n: tuple(v.shape) for n, v in expected.items()})
+    for row, length in enumerate(feeds["lengths"]):
+        ours, theirs = (d["logits"][row, :length].astype(np.float32) for d in (got, expected))
+        # float16 on both sides, in another order of summation: the bound of the float16 conversion itself
+        np.testing.assert_allclose(ours, theirs, atol=0.03 * float(np.abs(theirs).max()), rtol=0)
+    for name in names[1:]:
+        np.testing.assert_allclose(
+            got[name].astype(np.float32), expected[name].astype(np.float32), atol=0.05, rtol=0.02
+        )
