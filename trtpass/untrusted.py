@@ -300,8 +300,8 @@ class Checker(ValueChecker):
             inlined = _schema(node.op_type, self.versions.get(domain, imports[domain]), domain)
             if schema and inlined and schema.since_version != inlined.since_version:
                 self.fail(
-                    f"{_describe(node)} in a function means version {schema.since_version}, but {inlined.since_version} "
-                    "in the model",
+                    f"{_describe(node)} means version {schema.since_version} in its function, but version "
+                    f"{inlined.since_version} in the model",
                     "functions whose opset agrees with the model's",
                 )
             if schema is None or schema.deprecated:
