@@ -143,6 +143,16 @@ def test_rewritten_graph_lowered_to_half_agrees_with_itself_in_single() -> None:
     assert difference.max() <= 0.03 * np.abs(single).max()
 
 
+def test_inputs_that_do_nothing_are_dropped_and_named() -> None:
+    model = insert_cache(tiny.decoder(), "decode", capacity=CAPACITY, logits="all")
+    lowered = rtx.lower(model)
+    assert [str(v.name) for v in model.graph.inputs][:3] == ["input_ids", "lengths", "past_lengths"]
+    assert [str(v.name) for v in lowered.graph.inputs][:2] == ["input_ids", "past_lengths"]
+    assert lowered.metadata_props["trtpass.dropped_inputs"] == "lengths"
+    last = rtx.lower(insert_cache(tiny.decoder(), "decode", capacity=CAPACITY))
+    assert "trtpass.dropped_inputs" not in last.metadata_props
+
+
 # ---- what a build refuses, before TensorRT sees it -------------------------------------------------------------------
 
 

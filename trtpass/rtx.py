@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from trtpass.doctor import gpus
 from trtpass.errors import InputError
-from trtpass.ir import check
+from trtpass.ir import check, tidy
 from trtpass.op import DOMAIN
 from trtpass.passes.explicit_masks import NONPAD, explicit_masks
 from trtpass.passes.turing import products_as_sums
@@ -81,6 +81,8 @@ def available() -> bool:
 def lower(model: ir.Model, compute_capabilities: Sequence[str] = SMS) -> ir.Model:
     """A copy of a prefill, decode or stateless graph for TensorRT-RTX: static bodies, float16, explicit masks.
 
+    Inputs that the graph does not use are dropped, and named in the metadata ``trtpass.dropped_inputs``.
+
     Args:
         model: canonical, with trtpass nodes or without; it is not changed, and the copy reads its weights lazily.
         compute_capabilities: those to build for; SM75 needs float32 products in another form.
@@ -100,6 +102,11 @@ def lower(model: ir.Model, compute_capabilities: Sequence[str] = SMS) -> ir.Mode
     explicit_masks(copy)
     if _has_turing(compute_capabilities):
         products_as_sums(copy)
+    tidy(copy)
+    idle = [v for v in copy.graph.inputs if not v.uses() and not v.is_graph_output()]
+    if idle:  # such as `lengths` where all logits are asked for: a plan has no input that does nothing
+        copy.graph.inputs[:] = [v for v in copy.graph.inputs if v not in idle]
+        copy.metadata_props["trtpass.dropped_inputs"] = ",".join(str(v.name) for v in idle)
     copy.metadata_props["trtpass.target"] = "tensorrt-rtx"
     check(copy, "the graph lowered to 'tensorrt-rtx'")
     return copy

@@ -73,15 +73,15 @@ def test_plan_equals_onnxruntime(phase: str, method: str, tmp_path: Path) -> Non
         if value.dtype == ir.DataType.FLOAT16:
             feeds[str(value.name)] = rng.standard_normal(shape).astype(np.float16)
     feeds["input_ids"] = rng.integers(0, 64, (2, tokens))
-    feeds["lengths"] = np.array([tokens, tokens - 2], np.int32)
-    if phase == "decode":
-        feeds["past_lengths"] = np.array([17, 201], np.int32)
+    lengths = np.array([tokens, tokens - 2], np.int32)
+    integers = {"lengths": lengths, "past_lengths": np.array([17, 201], np.int32)}
+    feeds |= {name: array for name, array in integers.items() if name in profile}
     rtx.build_plan(tmp_path / "graph.onnx", tmp_path / "graph.plan", compute_capabilities=["CURRENT"], profile=profile)
     session = ort.InferenceSession(tmp_path / "graph.onnx", providers=["CPUExecutionProvider"])
     names = [o.name for o in session.get_outputs()]
     expected = dict(zip(names, (np.asarray(v) for v in session.run(names, feeds)), strict=True))
     got = execute(tmp_path / "graph.plan", feeds, {n: tuple(v.shape) for n, v in expected.items()})
-    for row, length in enumerate(feeds["lengths"]):
+    for row, length in enumerate(lengths):
         ours, theirs = (d["logits"][row, :length].astype(np.float32) for d in (got, expected))
         # float16 on both sides, in another order of summation: the bound of the float16 conversion itself
         np.testing.assert_allclose(ours, theirs, atol=0.03 * float(np.abs(theirs).max()), rtol=0)
