@@ -172,35 +172,39 @@ def test_error_bound_is_sharp() -> None:
     assert np.abs(sparse[0, 0, 1] - full[0, 0, 1]).max() == pytest.approx(2 * dropped * largest, abs=1e-6)
 
 
-def _chain(q: Array, k: Array, v: Array, lengths: Array, coverage: int, prefix: int, **run: Any) -> list[Array]:
-    """Mass, budget, selection and attention, each in ONNX Runtime."""
-    (scores,) = in_onnxruntime(MASS, "dynamic", [q, k, lengths], {"window": 16, "prefix": prefix}, **run)
+def _chain(
+    q: Array, k: Array, v: Array, lengths: Array, coverage: int, prefix: int, kind: str, **run: Any
+) -> list[Array]:
+    """Mass, budget, selection and attention, each in ONNX Runtime: index, count, out."""
+    (scores,) = in_onnxruntime(MASS, kind, [q, k, lengths], {"window": 16, "prefix": prefix}, **run)
     settings = {"coverage_ppm": coverage, "window": 16, "min_tokens": 16, "prefix": prefix}
-    (keep,) = in_onnxruntime(BUDGET, "dynamic", [scores, lengths], settings, **run)
-    index, count = in_onnxruntime(SELECT, "dynamic", [scores, keep, lengths], {"window": 16 * prefix}, **run)
-    (out,) = in_onnxruntime(ATTEND, "dynamic", [q, k, v, index, count], {}, **run)
+    (keep,) = in_onnxruntime(BUDGET, kind, [scores, lengths], settings, **run)
+    index, count = in_onnxruntime(SELECT, kind, [scores, keep, lengths], {"window": 16 * prefix}, **run)
+    (out,) = in_onnxruntime(ATTEND, kind, [q, k, v, index, count], {}, **run)
     return [index, count, out]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("prefix", [0, 1])
-def test_selection_does_not_depend_on_the_number_of_threads(prefix: int, seed: int) -> None:
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_selection_does_not_depend_on_the_number_of_threads(kind: str, prefix: int, seed: int) -> None:
     tokens = 1500
     q, k, v = normal(seed, 2, 6, tokens, 64), normal(seed + 10, 2, 2, tokens, 64), normal(seed + 20, 2, 2, tokens, 64)
     lengths = int32([tokens, 1111])
-    one = _chain(q, k, v, lengths, 100_000, prefix, threads=1)
-    two = _chain(q, k, v, lengths, 100_000, prefix, threads=2)
+    one = _chain(q, k, v, lengths, 100_000, prefix, kind, threads=1)
+    two = _chain(q, k, v, lengths, 100_000, prefix, kind, threads=2)
     assert 0 < one[1].max() < tokens, "nothing was pruned"
     np.testing.assert_array_equal(one[0], two[0])
     np.testing.assert_array_equal(one[1], two[1])
 
 
 @pytest.mark.parametrize("prefix", [0, 1])
-def test_zero_coverage_is_dense_attention(prefix: int) -> None:
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_zero_coverage_is_dense_attention(kind: str, prefix: int) -> None:
     """The identity setting of the method: everything is kept and the output is torch's own causal attention."""
     tokens = 100
     q, k, v = normal(0, 2, 6, tokens, 16), normal(1, 2, 2, tokens, 16), normal(2, 2, 2, tokens, 16)
-    index, count, out = _chain(q, k, v, int32([tokens, tokens]), 0, prefix)
+    index, count, out = _chain(q, k, v, int32([tokens, tokens]), 0, prefix, kind)
     assert (count == tokens).all()
     assert (index == np.arange(tokens)).all()
     dense = torch.nn.functional.scaled_dot_product_attention(

@@ -1,8 +1,8 @@
 """ColumnMass in standard operators: W rows a head are gathered, so no S x S tensor is ever made.
 
 The probabilities `[B, H, W, S]` are what costs. ``multiplied`` spells them out: K is not expanded, the G query heads of
-a group become rows of one product with their key head, and one small bias is broadcast over the heads. ``attended`` asks
-the Attention operator for them, which saves a pass over that tensor in ONNX Runtime.
+a group become rows of one product with their key head, and one small bias is broadcast over the heads. ``attended``
+asks the Attention operator for them, which saves a pass over that tensor in ONNX Runtime.
 """
 
 from __future__ import annotations
