@@ -144,10 +144,9 @@ class Checker(ValueChecker):
                 strings = []
                 for field, value in message.ListFields():
                     if field.type == field.TYPE_MESSAGE:
-                        stack.extend([value] if isinstance(value, Message) else value)
+                        stack.extend(value if field.is_repeated else [value])
                     elif field.type == field.TYPE_STRING:
-                        values = [value] if isinstance(value, str | bytes) else value
-                        strings.extend((field.name, one) for one in values)
+                        strings.extend((field.name, one) for one in (value if field.is_repeated else [value]))
             for name, one in strings:
                 if isinstance(one, bytes):
                     kind = message.DESCRIPTOR.name

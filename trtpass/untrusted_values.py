@@ -17,6 +17,7 @@ from trtpass.errors import InputError
 MAX_RANK = 32  # numpy 1's limit
 MAX_ELEMENTS = 1 << 48
 
+_ELEMENT_TYPES = frozenset(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
 _TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
 _TYPED_FIELD = {
     "FLOAT": "float_data",
@@ -79,7 +80,7 @@ class ValueChecker:
                     self.fail(f"{what} has a dimension of {dim.dim_value}", f"0 to {MAX_ELEMENTS}, or a name")
 
     def element_type(self, number: int, what: str) -> ir.DataType:
-        if number == TensorProto.UNDEFINED or number not in TensorProto.DataType.values():
+        if number not in _ELEMENT_TYPES:
             self.fail(f"{what} has element type {number}", "an element type of ONNX")
         return ir.DataType(number)
 
