@@ -1,6 +1,7 @@
 """Anchors: what passes hold on to in a canonical graph, found by structure and never by name.
 
-``find`` always returns; what it did not find is said in words, in ``Anchors.missing`` and in the ``why_*`` fields of a block.
+``find`` always returns; what it did not find is said in words, in ``Anchors.missing`` and in the ``why_*`` fields of a
+block.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ _POSITIONAL = (
 class AttentionBlock:
     """One attention: its node and what surrounds it.
 
-    Shapes: q ``[B, H, S, D]``, k ``[B, Hkv, S, D]``, v ``[B, Hkv, S, Dv]``, output ``[B, H, S, Dv]``; residuals ``[B, S, E]``.
+    Shapes: q ``[B, H, S, D]``, k ``[B, Hkv, S, D]``, v ``[B, Hkv, S, Dv]``, output ``[B, H, S, Dv]``; residuals
+    ``[B, S, E]``.
     """
 
     layer: int
@@ -251,7 +253,7 @@ def _logits(graph: ir.Graph) -> ir.Value | None:
     for value in graph.outputs:
         shape, node = dims(value), value.producer()
         while is_op(node, "Add", "Cast", "Identity", "Mul", "Div", "Tanh"):  # bias, dtype, soft-cap
-            upper = next((v for v in node.inputs if v is not None and v.const_value is None), None)  # type: ignore[union-attr]
+            upper = next((v for v in node.inputs if v is not None and v.const_value is None), None)
             node = None if upper is None else upper.producer()
         if shape is not None and len(shape) == 3 and is_op(node, "MatMul", "Gemm"):
             return value
@@ -272,7 +274,7 @@ def _positions(blocks: list[AttentionBlock]) -> tuple[ir.Value | None, str]:
             if root is None:
                 return (
                     None,
-                    f"RotaryEmbedding '{rope.name}': no integer [B, S] positions above '{value.name if value else None}'",
+                    f"RotaryEmbedding '{rope.name}': no integer [B, S] positions above '{value and value.name}'",
                 )
             found[id(root)] = root
     if len(found) != 1:

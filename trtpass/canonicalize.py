@@ -1,7 +1,7 @@
 """Raise: exporter dialects to canonical form (docs/design.md), by structure and never by node names.
 
-Each rule starts at one distinctive node, looks around it, and either rewrites or says why not. What is not recognised stays as
-it is: the graph computes the same before and after, whatever was raised.
+Each rule starts at one distinctive node, looks around it, and either rewrites or says why not. What is not recognised
+stays as it is: the graph computes the same before and after, whatever was raised.
 
 ==================  ==========================================================  ==============================
 rule                recognises                                                  becomes

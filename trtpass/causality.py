@@ -1,10 +1,11 @@
 """Proof that an attention mask is causal, from the graph alone.
 
-A mask is interpreted abstractly: every tensor becomes a formula (sympy) of its own coordinates ``i0, i1, ...`` and of the
-symbolic sizes of the graph's inputs. ``Range`` is ``i0``, ``Unsqueeze`` moves coordinates, ``LessOrEqual`` is a relation, and so
-on; what cannot be expressed raises ``Unprovable`` with the node that stopped the proof. The mask of attention, a formula of
-``(i0, i1, i2, i3)`` = (batch, head, query, key), is causal iff it is equivalent to ``i3 <= i2``. This is a proof for all
-sizes, not a probe of a few; a mask that also depends on an input (padding, documents) is reported as such.
+A mask is interpreted abstractly: every tensor becomes a formula (sympy) of its own coordinates ``i0, i1, ...`` and of
+the symbolic sizes of the graph's inputs. ``Range`` is ``i0``, ``Unsqueeze`` moves coordinates, ``LessOrEqual`` is a
+relation, and so on; what cannot be expressed raises ``Unprovable`` with the node that stopped the proof. The mask of
+attention, a formula of ``(i0, i1, i2, i3)`` = (batch, head, query, key), is causal iff it is equivalent to ``i3 <= i2``.
+This is a proof for all sizes, not a probe of a few; a mask that also depends on an input (padding, documents) is
+reported as such.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Unprovable(Exception):
 class Formula:
     """A tensor: sizes, and its element as a formula of ``i0 .. i{rank-1}``.
 
-    ``stack`` is set for a short tensor known piece by piece along its last axis: one formula of the other coordinates each.
+    ``stack`` is set for a short tensor known piece by piece along its last axis: one formula of the other coordinates
+    for each piece.
     """
 
     shape: tuple[sympy.Expr, ...]
@@ -59,7 +61,7 @@ def _substitute(expression: sympy.Basic, where: Sequence[sympy.Basic]) -> sympy.
 
 
 def prove_causal(mask: ir.Value) -> str:
-    """Empty if ``mask`` (boolean or additive, broadcast to ``[B, H, S, S]``) is exactly causal, else the reason why not."""
+    """Empty if ``mask`` (boolean or additive, broadcast to ``[B, H, S, S]``) is exactly causal, else why it is not."""
     try:
         formula = _Interpreter().formula(mask)
         rank = len(formula.shape)
@@ -74,6 +76,19 @@ def prove_causal(mask: ir.Value) -> str:
         return f"mask '{mask.name}' was not proved causal: {type(error).__name__} in its formula"
 
 
+def shape_formula(value: ir.Value | None) -> list[sympy.Basic] | None:
+    """The elements of a shape tensor as formulas of the graph's symbolic sizes (-1 stays -1), or None."""
+    try:
+        return _Interpreter().vector(value)
+    except (Unprovable, RecursionError, ArithmeticError, TypeError, ValueError, AttributeError, IndexError):
+        return None  # as in prove_causal: not known
+
+
+def size_symbols(value: ir.Value) -> tuple[sympy.Expr, ...]:
+    """The sizes of a tensor as formulas, in the symbols that ``shape_formula`` uses."""
+    return _sizes(value)
+
+
 def _visible(element: sympy.Basic) -> sympy.Basic:
     """The condition under which a key is visible, from a boolean mask or an additive one."""
     if isinstance(element, sympy.logic.boolalg.Boolean):
@@ -84,7 +99,7 @@ def _visible(element: sympy.Basic) -> sympy.Basic:
         visible: list[sympy.Basic] = []
         earlier: sympy.Basic = sympy.true
         for value, condition in element.args:
-            if value.is_number and value == 0:
+            if value.is_zero:
                 visible.append(sympy.And(earlier, condition))
             elif not (value.is_number and value <= _MASKED):
                 raise Unprovable(f"additive values other than 0 and -inf ({value})")
@@ -112,8 +127,9 @@ def _is_at_most(condition: sympy.Basic, key: sympy.Symbol, query: sympy.Symbol) 
     """Whether a relation over integers is ``key <= query`` in any of its spellings."""
     if not isinstance(condition, Relational):
         return False
-    gap = {sympy.Le: condition.lhs - condition.rhs, sympy.Ge: condition.rhs - condition.lhs,
-           sympy.Lt: condition.lhs - condition.rhs + 1, sympy.Gt: condition.rhs - condition.lhs + 1}.get(condition.func)  # fmt: skip
+    over = condition.lhs - condition.rhs
+    gaps = {sympy.Le: over, sympy.Ge: -over, sympy.Lt: over + 1, sympy.Gt: 1 - over}
+    gap = gaps.get(condition.func)
     return gap is not None and sympy.expand(gap - (key - query)) == 0
 
 
@@ -335,8 +351,7 @@ def _concat(interpreter: _Interpreter, node: ir.Node) -> Formula:
         wide = [axis(k) for k in range(rank - 1)]
         for part in parts:
             count = len(part.stack) if part.stack is not None else 1
-            pieces.extend(part.at([*wide, sympy.Integer(n)]) if part.stack is not None else part.at([*wide, sympy.Integer(0)])
-                          for n in range(count))  # fmt: skip
+            pieces.extend(part.at([*wide, sympy.Integer(n)]) for n in range(count))
         shape = tuple(max((p.shape[k] for p in parts), key=lambda s: s != 1) for k in range(rank - 1))
         return Formula((*shape, sympy.Integer(len(pieces))), stack=tuple(pieces))
     if len(parts) == 2 and parts[0].shape[along] == 1:
@@ -346,9 +361,9 @@ def _concat(interpreter: _Interpreter, node: ir.Node) -> Formula:
         moved = rest.at([c - 1 if k == along else c for k, c in enumerate(where)])
         at_zero = moved.subs(axis(along), 0)
         if sympy.expand(at_zero - first.at([sympy.Integer(0) if k == along else c for k, c in enumerate(where)])) == 0:
-            shape = [s if f == 1 else f for f, s in zip(first.shape, rest.shape, strict=True)]
-            shape[along] = sympy.expand(rest.shape[along] + 1)
-            return Formula(tuple(shape), moved)
+            sizes = [s if f == 1 else f for f, s in zip(first.shape, rest.shape, strict=True)]
+            sizes[along] = sympy.expand(rest.shape[along] + 1)
+            return Formula(tuple(sizes), moved)
     raise Unprovable(f"Concat '{node.name}' joins different formulas")
 
 
@@ -425,12 +440,33 @@ def _identity(interpreter: _Interpreter, node: ir.Node) -> Formula:
 
 
 _RULES: dict[str, Callable[[_Interpreter, ir.Node], Formula]] = {
-    "Shape": _shape, "Range": _range, "Unsqueeze": _unsqueeze, "Squeeze": _squeeze, "Expand": _expand, "Reshape": _reshape,
-    "Slice": _slice, "Concat": _concat, "GatherND": _gather_nd, "Gather": _gather, "CumSum": _cum_sum, "Cast": _cast,
-    "ConstantOfShape": _constant_of_shape, "Trilu": _trilu, "Identity": _identity,
-    "Add": _elementwise(lambda a, b: a + b), "Sub": _elementwise(lambda a, b: a - b), "Mul": _elementwise(lambda a, b: a * b),
-    "Max": _elementwise(lambda *xs: sympy.Max(*xs)), "Min": _elementwise(lambda *xs: sympy.Min(*xs)),
-    "Equal": _elementwise(sympy.Eq), "Not": _elementwise(sympy.Not), "And": _elementwise(sympy.And), "Or": _elementwise(sympy.Or),
-    "Less": _elementwise(sympy.Lt), "LessOrEqual": _elementwise(sympy.Le),
-    "Greater": _elementwise(sympy.Gt), "GreaterOrEqual": _elementwise(sympy.Ge), "Where": _elementwise(_where),
-}  # fmt: skip
+    "Shape": _shape,
+    "Range": _range,
+    "Unsqueeze": _unsqueeze,
+    "Squeeze": _squeeze,
+    "Expand": _expand,
+    "Reshape": _reshape,
+    "Slice": _slice,
+    "Concat": _concat,
+    "GatherND": _gather_nd,
+    "Gather": _gather,
+    "CumSum": _cum_sum,
+    "Cast": _cast,
+    "ConstantOfShape": _constant_of_shape,
+    "Trilu": _trilu,
+    "Identity": _identity,
+    "Add": _elementwise(lambda a, b: a + b),
+    "Sub": _elementwise(lambda a, b: a - b),
+    "Mul": _elementwise(lambda a, b: a * b),
+    "Max": _elementwise(lambda *xs: sympy.Max(*xs)),
+    "Min": _elementwise(lambda *xs: sympy.Min(*xs)),
+    "Equal": _elementwise(sympy.Eq),
+    "Not": _elementwise(sympy.Not),
+    "And": _elementwise(sympy.And),
+    "Or": _elementwise(sympy.Or),
+    "Less": _elementwise(sympy.Lt),
+    "LessOrEqual": _elementwise(sympy.Le),
+    "Greater": _elementwise(sympy.Gt),
+    "GreaterOrEqual": _elementwise(sympy.Ge),
+    "Where": _elementwise(_where),
+}

@@ -22,9 +22,12 @@ app.add_typer(calibrate_app, name="calibrate")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 PassList = Annotated[
-    list[str] | None, typer.Option("-p", "--pass", help="NAME[:key=value,...]; repeat for several. See `trtpass passes`.")
+    list[str] | None,
+    typer.Option("-p", "--pass", help="NAME[:key=value,...]; repeat for several. See `trtpass passes`."),
 ]
-EngineFolder = Annotated[Path, typer.Argument(help="Folder of an engine, engines/<model>/<recipe>.", show_default=False)]
+EngineFolder = Annotated[
+    Path, typer.Argument(help="Folder of an engine, engines/<model>/<recipe>.", show_default=False)
+]
 
 
 def _print(value: Any, as_json: bool, render: Any = None) -> None:
@@ -40,7 +43,9 @@ def _print(value: Any, as_json: bool, render: Any = None) -> None:
 
 @app.command("build")
 def build_command(
-    model: Annotated[str | None, typer.Argument(help="Known name, Hugging Face folder, or ONNX file.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Known name, Hugging Face folder, or ONNX file.", show_default=False)
+    ] = None,
     passes: PassList = None,
     dense: Annotated[bool, typer.Option("--dense", help="No method: the dense engine.")] = False,
     target: Annotated[str, typer.Option(help="cpu, portable, tensorrt-rtx or tensorrt.")] = "cpu",
@@ -275,7 +280,7 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(2)
-    except Exception as error:  # noqa: BLE001 - the edge: a bug must not look like a traceback from a dependency
+    except Exception as error:
         if show:
             raise
         text = str(error).strip().splitlines() or [""]

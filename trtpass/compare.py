@@ -85,7 +85,9 @@ def difference(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray], 
     return Difference(ok, worst, relative)
 
 
-def run_onnx(model: ir.Model, folder: Path, feed: Mapping[str, np.ndarray], threads: int | None = None) -> dict[str, np.ndarray]:
+def run_onnx(
+    model: ir.Model, folder: Path, feed: Mapping[str, np.ndarray], threads: int | None = None
+) -> dict[str, np.ndarray]:
     """Run a model whose weights are external files of ``folder`` on ONNX Runtime's CPU provider."""
     from polygraphy.backend.onnxrt import OnnxrtRunner
     from polygraphy.logger import G_LOGGER
@@ -109,7 +111,7 @@ def session(path: Path, threads: int | None = None) -> Any:
         options.intra_op_num_threads = threads
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001 - the runtime raises a dozen private classes
+    except Exception as error:
         raise InputError(f"ONNX Runtime cannot load '{path.name}': {str(error)[:300]}") from error
 
 
@@ -225,7 +227,11 @@ class Ladder:
         hidden = expose_hidden(reference)
         LastLogits()(reference)
         expose_selections(reference, self.sites)
-        keys = {f"present.{b.layer}.{r}": str(getattr(b, r[0]).name) for b in find(self.dense).blocks for r in ("key", "value")}
+        keys = {
+            f"present.{b.layer}.{r}": str(getattr(b, r[0]).name)
+            for b in find(self.dense).blocks
+            for r in ("key", "value")
+        }
         expose(reference, list(keys.values()))
         expected = self._run(reference, hidden)
         sequence = self.probe.input_ids.shape[1]
@@ -313,7 +319,10 @@ class Ladder:
             if free.worst > MARGIN:
                 check.status, check.reason = "failed", f"a flipped token lies {free.worst:.2e} from the cut"
         if pruned is not None and pruned <= 0 and check.status == "passed":
-            check.status, check.reason = "not_run", "equal, but nothing was pruned: a proof needs a longer prompt or a larger coverage"
+            check.status, check.reason = (
+                "not_run",
+                "equal, but nothing was pruned: a proof needs a longer prompt or a larger coverage",
+            )
         return check
 
 

@@ -75,7 +75,9 @@ def render(found: Inspection, title: str) -> Group:
     from rich.console import Group
     from rich.table import Table
 
-    table = Table("layer", "heads", "KV heads", "D", "scale", "causal", "RoPE", "feeds q, k, v", "residual", title="attention")
+    table = Table(
+        "layer", "heads", "KV heads", "D", "scale", "causal", "RoPE", "feeds q, k, v", "residual", title="attention"
+    )
     for b in found.blocks:
         table.add_row(
             str(b["layer"]), str(b["heads"]), str(b["kv_heads"]), str(b["head_dim"]), f"{b['scale']:g}",
@@ -85,7 +87,11 @@ def render(found: Inspection, title: str) -> Group:
         )  # fmt: skip
     lines = [
         f"{title}: {found.nodes} nodes, opset {found.opset}",
-        "raised: " + (", ".join(f"{n} {name}" for name, n in found.raised.items() if n) or "nothing (already canonical, or not recognised)"),
+        "raised: "
+        + (
+            ", ".join(f"{n} {name}" for name, n in found.raised.items() if n)
+            or "nothing (already canonical, or not recognised)"
+        ),
         f"tokens in: {found.input_ids or 'not found'}",
         f"logits out: {found.logits or 'not found'}",
         f"positions: {found.positions or 'not found'}",

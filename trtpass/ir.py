@@ -7,7 +7,7 @@ turned into typed inputs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import onnx
@@ -22,7 +22,7 @@ SMALL = 1024  # bytes; constants up to this size may be read by passes and are k
 
 
 def const_array(value: ir.Value | None, limit: int = SMALL) -> np.ndarray | None:
-    """The array of a small constant (initializer or Constant node), else None. Never reads more than ``limit`` bytes."""
+    """The array of a small constant (initializer or Constant node), else None; never reads more than ``limit`` bytes."""
     if value is None:
         return None
     tensor = value.const_value
@@ -59,7 +59,7 @@ def float_attr(node: ir.Node, name: str, default: float) -> float:
     return default if attr is None else float(attr.value)
 
 
-def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
+def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> TypeGuard[ir.Node]:
     """Whether ``node`` is one of the given operators ("ai.onnx" is the standard domain too)."""
     if node is None or node.op_type not in op_types:
         return False
@@ -90,7 +90,7 @@ def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 def make_node(
     op_type: str,
     inputs: Sequence[ir.Value | None],
-    outputs: Sequence[tuple[str, ir.DataType | None, Sequence[Any] | None]],
+    outputs: Sequence[tuple[str, ir.DataType | None, Sequence[Any] | ir.Shape | None]],
     attributes: dict[str, Any] | None = None,
     *,
     domain: str = "",
@@ -141,12 +141,11 @@ def tidy(model: ir.Model) -> None:
     """Remove what nothing uses (nodes, initializers, functions) and sort topologically, in place."""
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedFunctionsPass()(model)
-    for graph in (model.graph, *model.functions.values()):
-        graph.sort()
+    common.TopologicalSortPass()(model)
 
 
 def skeleton(model: ir.Model) -> onnx.ModelProto:
-    """The model as a proto in which initializers above ``SMALL`` bytes are typed inputs: small, and no weight is read."""
+    """The model as a proto whose initializers above ``SMALL`` bytes are typed inputs: small, and no weight is read."""
     graph = model.graph
     large = [v for v in graph.initializers.values() if v.const_value is None or v.const_value.nbytes > SMALL]
     for value in large:

@@ -56,7 +56,9 @@ def resolve(text: str, count: int, drift: Sequence[float] | None) -> tuple[int, 
         chosen.update(range(int(first), int(last if dash else first) + 1))
     outside = sorted(i for i in chosen if i >= count)
     if outside or not chosen:
-        raise InputError(f"layers={text} names layer {outside[0] if outside else 'none'}", f"indices from 0 to {count - 1}")
+        raise InputError(
+            f"layers={text} names layer {outside[0] if outside else 'none'}", f"indices from 0 to {count - 1}"
+        )
     return tuple(sorted(chosen))
 
 
@@ -68,7 +70,9 @@ def _by_drift(text: str, count: int, drift: Sequence[float] | None) -> tuple[int
             "run `trtpass calibrate drift MODEL` first, or name the layers (layers=all, layers=3+5+10-20)",
         )
     if len(drift) != count:
-        raise InputError(f"the drift calibration has {len(drift)} layers", f"{count}, as many as attention blocks", "calibrate again")
+        raise InputError(
+            f"the drift calibration has {len(drift)} layers", f"{count}, as many as attention blocks", "calibrate again"
+        )
     try:
         quantile = float(text.removeprefix("drift:"))
     except ValueError:

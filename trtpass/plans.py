@@ -32,7 +32,9 @@ def write_plans(
     sm = tuple(name if name.startswith(("SM", "CURRENT")) else f"SM{name}" for name in request.sm) or rtx.SMS
     unknown = [name for name in sm if name not in rtx.OFFERED]
     if unknown:
-        raise InputError(f"SM={unknown[0]}", f"one of {', '.join(rtx.OFFERED)}", "SM90 and SM100 are not offered by TensorRT-RTX")
+        raise InputError(
+            f"SM={unknown[0]}", f"one of {', '.join(rtx.OFFERED)}", "SM90 and SM100 are not offered by TensorRT-RTX"
+        )
     if not rtx.available():
         raise InputError("the package tensorrt-rtx is not installed", fix=rtx.INSTALL)
     graphs = {
@@ -57,9 +59,13 @@ def write_plans(
         )
     keep = [s.attributes["max_keep_permille"].value for s in rewritten.graph if s.op_type == "SelectTokens"]
     if keep and max(keep) >= 1000:
-        notes.append("shapes are fixed: with max_keep=1 the plan computes on all tokens; give max_keep below 1 to save time")
+        notes.append(
+            "shapes are fixed: with max_keep=1 the plan computes on all tokens; give max_keep below 1 to save time"
+        )
     elif keep:
-        notes.append(f"at most {max(keep) / 10:g}% of the tokens are kept; a row that needs more is clamped, and `keep` > `count` shows it")
+        notes.append(
+            f"at most {max(keep) / 10:g}% of the tokens are kept; a row that needs more is clamped, and `keep` > `count` shows it"
+        )
     return notes, sm
 
 

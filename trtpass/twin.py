@@ -77,9 +77,13 @@ class TokenSparseTwin:
         def attend(block: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any) -> Any:
             layer = int(block.layer_idx)
             if layer not in self.layers:
-                out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+                out = torch.nn.functional.scaled_dot_product_attention(
+                    q, k, v, is_causal=True, scale=scaling, enable_gqa=True
+                )
             else:
-                given = None if forced is None else tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in forced[layer])
+                given = (
+                    None if forced is None else tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in forced[layer])
+                )
                 out, selections[layer] = self._sparse(q, k, v, rows, scaling, given)
             return out.transpose(1, 2), None
 

@@ -56,7 +56,9 @@ def force_selections(model: ir.Model, sites: Sequence[Site]) -> dict[tuple[int, 
         for role in FORCED:
             own = values[site.values[role]]
             shape = [*list(own.shape or [])[:2], f"forced{site.layer}"] if role == "index" else list(own.shape or [])
-            given = ir.Value(name=f"forced.{site.layer}.{role}", type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape(shape))
+            given = ir.Value(
+                name=f"forced.{site.layer}.{role}", type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape(shape)
+            )
             model.graph.inputs.append(given)
             for node, index in list(own.uses()):
                 node.replace_input_with(index, given)

@@ -1,7 +1,7 @@
-"""The pass contract: ``requires`` -> ``call`` -> ``ensures``, options in a frozen dataclass, a result that tells the truth.
+"""The pass contract: ``requires``, ``call``, ``ensures``; options in a frozen dataclass; a result that tells the truth.
 
-A method is one file in this folder that defines a ``Pass`` subclass; ``all_methods()`` finds it. A pipeline is a flat, named
-list of passes that reads top to bottom; its textual form is ``token-sparse:coverage=0.005,layers=15-29``.
+A method is one file in this folder that defines a ``Pass`` subclass; ``all_methods()`` finds it. A pipeline is a flat,
+named list of passes that reads top to bottom; its textual form is ``token-sparse:coverage=0.005,layers=15-29``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from trtpass.anchors import Anchors, find
 from trtpass.errors import AnchorError, InputError
 from trtpass.ir import check, tidy
 
-
 WHOLE_PROMPT_KEY = "trtpass.whole_prompt"  # model metadata: the method that is not defined on chunks of a prompt
 
 
@@ -38,7 +37,7 @@ class Site:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass did. ``modified`` is True iff the graph changed; ``near_misses`` say in words where it did not apply."""
+    """What a pass did. ``modified`` is True iff the graph changed; ``near_misses`` say where it did not apply, and why."""
 
     name: str
     modified: bool
@@ -80,8 +79,8 @@ class Pass(abc.ABC):
                         f"pass '{self.name}' left '{name}' ({role}, layer {site.layer}) without dtype or shape"
                     )
 
-    def twin(self, module: Any) -> Any:
-        """A context manager under which ``module`` (torch, A) computes the edited model (D)."""
+    def twin(self, module: Any, result: PassResult) -> Any:
+        """A runner of ``module`` (torch, A) with the same edit at the sites of ``result`` (D)."""
         raise InputError(
             f"pass '{self.name}' has no torch twin", fix="compare the ONNX graphs before and after it instead"
         )

@@ -162,7 +162,14 @@ class TokenSparse(Pass):
         return Site(block.layer, {role: str(value.name) for role, value in roles.items()})
 
     def _group_mass(
-        self, graph: ir.Graph, new: list[ir.Node], block: AttentionBlock, mass: ir.Value, label: str, batch: Any, sequence: Any
+        self,
+        graph: ir.Graph,
+        new: list[ir.Node],
+        block: AttentionBlock,
+        mass: ir.Value,
+        label: str,
+        batch: Any,
+        sequence: Any,
     ) -> ir.Value:
         """Sum mass ``[B, H, S]`` over the G query heads of each KV head: ``[B, Hkv, S]``."""
         target = constant(graph, f"{label}.by_group", np.array([0, block.kv_heads, block.group, -1], np.int64))

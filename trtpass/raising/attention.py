@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from trtpass.causality import prove_causal
+from trtpass.causality import prove_causal, shape_formula, size_symbols
 from trtpass.ir import const_ints, const_scalar, dims, int_attr, is_op, make_node
 
 
@@ -53,18 +53,18 @@ def raise_grouped(graph: ir.Graph) -> tuple[int, list[str]]:
 
 
 def _unexpanded(value: ir.Value | None) -> ir.Value | str:
-    """``[B, Hkv, S, D]`` above Unsqueeze(2), Expand(G), Reshape to ``[B, H, S, D]``; "" if there is no such expansion."""
+    """``[B, Hkv, S, D]`` above Unsqueeze(2), Expand(G), Reshape to ``[B, H, S, D]``; "" if there is no expansion."""
     reshape = None if value is None else value.producer()
     if not is_op(reshape, "Reshape"):
         return ""
-    expand = reshape.inputs[0].producer() if reshape.inputs[0] is not None else None  # type: ignore[union-attr]
+    expand = reshape.inputs[0].producer() if reshape.inputs[0] is not None else None
     if not is_op(expand, "Expand", "Tile"):
         return ""
-    lift = expand.inputs[0].producer() if expand.inputs[0] is not None else None  # type: ignore[union-attr]
-    if not is_op(lift, "Unsqueeze") or const_ints(lift.inputs[1]) not in ([2], [-3]):  # type: ignore[union-attr]
+    lift = expand.inputs[0].producer() if expand.inputs[0] is not None else None
+    if not is_op(lift, "Unsqueeze") or const_ints(lift.inputs[1]) not in ([2], [-3]):
         return "KV heads are expanded, but not on an axis just after the head axis"
-    source = lift.inputs[0]  # type: ignore[union-attr]
-    before, wide, after = dims(source), dims(expand.outputs[0]), dims(value)  # type: ignore[union-attr]
+    source = lift.inputs[0]
+    before, wide, after = dims(source), dims(expand.outputs[0]), dims(value)
     if (
         source is None
         or before is None
@@ -103,28 +103,24 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> str:
     scores, mask, scale = softmax.inputs[0], None, 1.0
     node = scores.producer() if scores is not None else None
     if is_op(node, "Add"):
-        side = next((i for i in (0, 1) if node.inputs[i] is not None and _is_scores(node.inputs[i])), None)  # type: ignore[union-attr,arg-type]
+        side = next((i for i in (0, 1) if node.inputs[i] is not None and _is_scores(node.inputs[i])), None)
         if side is None:
             return "no MatMul below the mask"
         mask, node = node.inputs[1 - side], node.inputs[side].producer()  # type: ignore[union-attr]
     while is_op(node, "Mul", "Div"):
-        factor = const_scalar(node.inputs[1])  # type: ignore[union-attr]
-        if factor is None or not factor or node.inputs[0] is None:  # type: ignore[union-attr]
+        factor = const_scalar(node.inputs[1])
+        if factor is None or not factor or node.inputs[0] is None:
             return "scores are scaled by something that is not a constant"
-        scale *= factor if node.op_type == "Mul" else 1.0 / factor  # type: ignore[union-attr]
-        node = node.inputs[0].producer()  # type: ignore[union-attr]
+        scale *= factor if node.op_type == "Mul" else 1.0 / factor
+        node = node.inputs[0].producer()
     if not is_op(node, "MatMul"):
         return "its input is not a MatMul of queries and keys"
-    q, factor_q = _unscaled(node.inputs[0])  # type: ignore[union-attr]
-    kt, factor_k = _unscaled(node.inputs[1])  # type: ignore[union-attr]
-    transpose = None if kt is None else kt.producer()
-    if not is_op(transpose, "Transpose") or list(transpose.attributes["perm"].value)[-2:] != [3, 2]:  # type: ignore[union-attr]
-        return "keys are not transposed on their last two axes before the product"
-    perm = list(transpose.attributes["perm"].value)  # type: ignore[union-attr]
-    k, v, out = transpose.inputs[0], weighted.inputs[1], weighted.outputs[0]  # type: ignore[union-attr]
-    new: list[ir.Node] = []
-    if perm != [0, 1, 3, 2]:
-        return f"keys are transposed by {perm}"
+    q, factor_q = _unscaled(node.inputs[0])
+    kt, factor_k = _unscaled(node.inputs[1])
+    k = None if kt is None else _untransposed(kt)
+    if isinstance(k, str):
+        return k
+    v, out = weighted.inputs[1], weighted.outputs[0]
     scale *= factor_q * factor_k
     if q is None or k is None or any(dims(x) is None or len(dims(x) or []) != 4 for x in (q, k, v)):
         return "q, k or v is not known to be 4-D"
@@ -132,9 +128,30 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> str:
     attention = make_node(
         "Attention", inputs, [(f"{out.name}_attention", out.dtype, out.shape)], {"scale": float(scale)}
     )
-    new.append(attention)
-    ir.convenience.replace_nodes_and_values(graph, weighted, [weighted], new, [out], [attention.outputs[0]])
+    ir.convenience.replace_nodes_and_values(graph, weighted, [weighted], [attention], [out], [attention.outputs[0]])
     return ""
+
+
+def _untransposed(kt: ir.Value) -> ir.Value | str:
+    """k ``[B, H, S, D]`` above ``[B, H, D, S]``: one Transpose, or Reshape(Transpose(Reshape(k))) with B and H merged."""
+    node = kt.producer()
+    if is_op(node, "Transpose") and node.inputs[0] is not None:
+        perm = list(node.attributes["perm"].value) if "perm" in node.attributes else []
+        return node.inputs[0] if perm == [0, 1, 3, 2] else f"keys are transposed by {perm}"
+    inner = node.inputs[0].producer() if is_op(node, "Reshape") and node.inputs[0] is not None else None
+    merge = inner.inputs[0].producer() if is_op(inner, "Transpose") and inner.inputs[0] is not None else None
+    if not is_op(node, "Reshape") or not is_op(inner, "Transpose") or not is_op(merge, "Reshape"):
+        return "keys are not transposed on their last two axes before the product"
+    k = merge.inputs[0]
+    if k is None or k.shape is None or len(k.shape) != 4 or list(inner.attributes["perm"].value) != [0, 2, 1]:
+        return "keys are not transposed on their last two axes before the product"
+    batch, heads, tokens, width = size_symbols(k)
+    merged, split = shape_formula(merge.inputs[1]), shape_formula(node.inputs[1])
+    if merged is None or split is None or len(merged) != 3 or merged[1:] != [tokens, width]:
+        return f"keys are reshaped to {merged} before they are transposed"
+    if len(split) != 4 or [*split[:2], split[3], split[2]] != [batch, heads, tokens, width]:
+        return f"keys are reshaped to {split} after they are transposed"
+    return k
 
 
 def _after_nan_guard(softmax: ir.Node) -> ir.Node | None:
@@ -158,20 +175,22 @@ def _after_nan_guard(softmax: ir.Node) -> ir.Node | None:
     return None
 
 
-def _is_scores(value: ir.Value) -> bool:
+def _is_scores(value: ir.Value | None) -> bool:
+    if value is None:
+        return False
     node = value.producer()
     for _ in range(3):
         if is_op(node, "MatMul"):
             return True
-        if not is_op(node, "Mul", "Div") or node.inputs[0] is None:  # type: ignore[union-attr]
+        if not is_op(node, "Mul", "Div") or node.inputs[0] is None:
             return False
-        node = node.inputs[0].producer()  # type: ignore[union-attr]
+        node = node.inputs[0].producer()
     return False
 
 
 def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
     """The tensor before a multiplication by a constant (exporters put sqrt(scale) on q and on k), and the constant."""
     node = None if value is None else value.producer()
-    if is_op(node, "Mul") and (factor := const_scalar(node.inputs[1])) is not None:  # type: ignore[union-attr]
-        return node.inputs[0], float(factor)  # type: ignore[union-attr]
+    if is_op(node, "Mul") and (factor := const_scalar(node.inputs[1])) is not None:
+        return node.inputs[0], float(factor)
     return value, 1.0

@@ -23,10 +23,10 @@ def raise_rms_norm(graph: ir.Graph) -> tuple[int, list[str]]:
 def _squared(value: ir.Value | None) -> ir.Value | None:
     """x of ``x * x`` or ``x ** 2``."""
     node = None if value is None else value.producer()
-    if is_op(node, "Mul") and node.inputs[0] is node.inputs[1]:  # type: ignore[union-attr]
-        return node.inputs[0]  # type: ignore[union-attr]
-    if is_op(node, "Pow") and const_scalar(node.inputs[1]) == 2:  # type: ignore[union-attr]
-        return node.inputs[0]  # type: ignore[union-attr]
+    if is_op(node, "Mul") and node.inputs[0] is node.inputs[1]:
+        return node.inputs[0]
+    if is_op(node, "Pow") and const_scalar(node.inputs[1]) == 2:
+        return node.inputs[0]
     return None
 
 
@@ -49,16 +49,17 @@ def _rewrite(graph: ir.Graph, mean: ir.Node, x: ir.Value) -> str:
         return "no square root after epsilon"
     inverse = _only(root.outputs[0], "Reciprocal", "Div")
     if is_op(inverse, "Reciprocal"):
-        scaled = _only(inverse.outputs[0], "Mul")  # type: ignore[union-attr]
+        scaled = _only(inverse.outputs[0], "Mul")
     else:
         scaled = inverse if inverse is not None and inverse.inputs[0] is x else None
     if scaled is None or not any(v is x for v in scaled.inputs):
         return "x is not multiplied by the inverse root mean square"
-    value, source = scaled.outputs[0], x
+    value = scaled.outputs[0]
+    source: ir.Value | None = x
     cast = _only(value, "Cast")
     upcast = x.producer()
     if cast is not None and is_op(upcast, "Cast"):  # half precision: x is cast up before the statistics and down after
-        value, source = cast.outputs[0], upcast.inputs[0]  # type: ignore[union-attr,assignment]
+        value, source = cast.outputs[0], upcast.inputs[0]
     weigh = _only(value, "Mul")
     weight = None if weigh is None else next((v for v in weigh.inputs if v is not value), None)
     if weigh is None or weight is None or weight.const_value is None or weight.shape is None or len(weight.shape) != 1:

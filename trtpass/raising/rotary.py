@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -21,6 +23,10 @@ def raise_rotary(graph: ir.Graph) -> tuple[int, list[str]]:
     applied, near = 0, []
     halves: dict[int, ir.Value] = {}
     for node in list(graph):
+        if is_op(node, "RotaryEmbedding"):
+            if reason := _widen(graph, node):
+                near.append(f"RotaryEmbedding '{node.name}': {reason}")
+            continue
         if not is_op(node, "Concat") or (x := _rotated(node)) is None:
             continue
         try:
@@ -31,13 +37,38 @@ def raise_rotary(graph: ir.Graph) -> tuple[int, list[str]]:
     return applied, near
 
 
+def _widen(graph: ir.Graph, rope: ir.Node) -> str:
+    """Give cos and sin ``[1, S, D/2]`` of a ready RotaryEmbedding the batch size that its definition asks for."""
+    if len(rope.inputs) < 3 or (len(rope.inputs) > 3 and rope.inputs[3] is not None):
+        return ""
+    for cache in rope.inputs[1:3]:
+        trig = None if cache is None else cache.producer()
+        while is_op(trig, "Mul", "Cast") and trig.inputs[0] is not None:
+            trig = trig.inputs[0].producer()
+        if cache is None or not is_op(trig, "Cos", "Sin") or trig.inputs[0] is None:
+            if (shape := dims(cache)) is not None and shape[0] == 1:
+                return f"'{cache.name if cache else None}' has batch size 1 and is not made by Cos or Sin"
+            continue
+        angles = dims(trig.inputs[0])
+        if angles is None or len(angles) != 3 or angles[0] != 1:
+            continue
+        try:
+            batch, sequence = _give_batch(graph, trig.inputs[0])
+        except _NotRotary as reason:
+            return str(reason)
+        for value in (*trig.outputs, cache):
+            value.shape = ir.Shape([batch, sequence, angles[2]])
+            value.type = value.type or (None if rope.inputs[0] is None else rope.inputs[0].type)
+    return ""
+
+
 def _rotated(concat: ir.Node) -> ir.Value | None:
     """x of ``concat(-second half of x, first half of x)``; None if the node is something else."""
     if len(concat.inputs) != 2 or any(v is None for v in concat.inputs):
         return None
     negative = concat.inputs[0].producer()  # type: ignore[union-attr]
     first = concat.inputs[1].producer()  # type: ignore[union-attr]
-    second = negative.inputs[0].producer() if is_op(negative, "Neg") and negative.inputs[0] is not None else None  # type: ignore[union-attr]
+    second = negative.inputs[0].producer() if is_op(negative, "Neg") and negative.inputs[0] is not None else None
     if first is None or second is None or first.inputs[0] is not second.inputs[0]:
         return None
     x = first.inputs[0]
@@ -68,10 +99,10 @@ def _rewrite(graph: ir.Graph, concat: ir.Node, x: ir.Value, halves: dict[int, ir
     if by_sin is None or add is None:
         raise _NotRotary("the rotated half is not multiplied by sin and added")
     by_cos = next((v.producer() for v in add.inputs if v is not None and v is not by_sin.outputs[0]), None)
-    if not is_op(by_cos, "Mul") or not any(v is x for v in by_cos.inputs):  # type: ignore[union-attr]
+    if not is_op(by_cos, "Mul") or not any(v is x for v in by_cos.inputs):
         raise _NotRotary("x is not multiplied by cos")
     sin = next(v for v in by_sin.inputs if v is not concat.outputs[0])
-    cos = next(v for v in by_cos.inputs if v is not x)  # type: ignore[union-attr]
+    cos = next(v for v in by_cos.inputs if v is not x)
     shape = dims(x)
     if shape is None or len(shape) != 4 or not isinstance(shape[1], int):
         raise _NotRotary(f"x has shape {shape}, expected [B, heads, S, D]")
@@ -94,12 +125,12 @@ def _half(graph: ir.Graph, value: ir.Value | None, kind: str, halves: dict[int, 
         return halves[id(value)]
     key, scale, dtype = id(value), 1.0, value.dtype
     node = value.producer()
-    if not is_op(node, "Unsqueeze") or const_ints(node.inputs[1]) not in ([1], [-3]):  # type: ignore[union-attr]
+    if not is_op(node, "Unsqueeze") or const_ints(node.inputs[1]) not in ([1], [-3]):
         raise _NotRotary(f"{kind.lower()} '{value.name}' is not broadcast over heads by Unsqueeze on axis 1")
     node = node.inputs[0].producer()  # type: ignore[union-attr]
     while is_op(node, "Mul", "Cast"):
-        if node.op_type == "Mul":  # type: ignore[union-attr]
-            factor = const_scalar(node.inputs[1])  # type: ignore[union-attr]
+        if node.op_type == "Mul":
+            factor = const_scalar(node.inputs[1])
             if factor is None:
                 raise _NotRotary(f"{kind.lower()} is scaled by something that is not a constant")
             scale *= float(factor)
@@ -107,29 +138,29 @@ def _half(graph: ir.Graph, value: ir.Value | None, kind: str, halves: dict[int, 
     if not is_op(node, kind):
         raise _NotRotary(f"no {kind} above '{value.name}'")
     doubled = node.inputs[0].producer()  # type: ignore[union-attr]
-    if not is_op(doubled, "Concat") or len(doubled.inputs) != 2 or doubled.inputs[0] is not doubled.inputs[1]:  # type: ignore[union-attr]
+    if not is_op(doubled, "Concat") or len(doubled.inputs) != 2 or doubled.inputs[0] is not doubled.inputs[1]:
         raise _NotRotary("the angles are not two equal halves")
-    angles = doubled.inputs[0]  # type: ignore[union-attr]
+    angles = doubled.inputs[0]
     if angles is None or (shape := dims(angles)) is None or len(shape) != 3:
         raise _NotRotary("the angles are not known to be [B, S, D/2]")
-    batch, sequence = _give_batch(graph, angles, node)  # type: ignore[arg-type]
+    batch, sequence = _give_batch(graph, angles)
     half = [batch, sequence, shape[2]]
     made = make_node(kind, [angles], [(f"{value.name}_half", ir.DataType.FLOAT, half)])
     new, last = [made], made.outputs[0]
     if scale != 1.0:
-        factor_value = constant(graph, f"rotary_scale_{scale!r}", np.float32(scale).reshape(()))
+        factor_value = constant(graph, f"rotary_scale_{scale!r}", np.array(scale, np.float32))
         new.append(make_node("Mul", [last, factor_value], [(f"{value.name}_scaled", ir.DataType.FLOAT, half)]))
         last = new[-1].outputs[0]
     if dtype not in (None, ir.DataType.FLOAT):
-        new.append(make_node("Cast", [last], [(f"{value.name}_cast", dtype, half)], {"to": int(dtype)}))  # type: ignore[arg-type]
+        new.append(make_node("Cast", [last], [(f"{value.name}_cast", dtype, half)], {"to": int(dtype)}))
         last = new[-1].outputs[0]
-    graph.insert_after(node, new)  # type: ignore[arg-type]
+    graph.insert_after(node, new)
     halves[key] = last
     return last
 
 
-def _give_batch(graph: ir.Graph, angles: ir.Value, before: ir.Node) -> tuple[object, object]:
-    """Give the positions above ``angles`` a batch axis (``[1, S]`` -> ``[B, S]``), so that rows can be offset one by one.
+def _give_batch(graph: ir.Graph, angles: ir.Value) -> tuple[Any, Any]:
+    """Give the positions above ``angles`` a batch axis, ``[1, S]`` to ``[B, S]``, so that each row can have an offset.
 
     Returns the sizes (B, S). Between positions and angles only operators that broadcast may stand.
     """
@@ -169,13 +200,13 @@ def _path_to_positions(angles: ir.Value) -> tuple[list[ir.Node], ir.Value]:
         node = value.producer()
         if not is_op(node, "Mul", "MatMul", "Cast", "Unsqueeze", "Transpose"):
             raise _NotRotary(f"{'no node' if node is None else node.op_type} between positions and angles")
-        path.append(node)  # type: ignore[arg-type]
+        path.append(node)
         varying = [
             v
             for v in node.inputs[: 2 if node.op_type in ("Mul", "MatMul") else 1]
             if v is not None and v.const_value is None
-        ]  # type: ignore[union-attr]
+        ]
         if len(varying) != 1:
-            raise _NotRotary(f"{node.op_type} '{node.name}' has {len(varying)} varying inputs")  # type: ignore[union-attr]
+            raise _NotRotary(f"{node.op_type} '{node.name}' has {len(varying)} varying inputs")
         value = varying[0]
     raise _NotRotary("no integer positions within 16 nodes above the angles")
