@@ -12,10 +12,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -249,10 +249,12 @@ def _run(request: Mapping[str, Any], progress: Progress | None) -> dict[str, Any
     """One request to a worker process; its errors are raised here, its death is an InputError with its last words."""
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    with tempfile.TemporaryFile("w+") as words:
+    with tempfile.TemporaryFile("w+") as words, tempfile.TemporaryFile("w+") as asked:
+        asked.write(json.dumps(request) + "\n")
+        asked.seek(0)
         worker = subprocess.Popen(
             [sys.executable, "-m", "trtpass.rtx_worker"],
-            stdin=subprocess.PIPE,
+            stdin=asked,
             stdout=subprocess.PIPE,
             stderr=words,
             text=True,
@@ -260,17 +262,14 @@ def _run(request: Mapping[str, Any], progress: Progress | None) -> dict[str, Any
             pass_fds=[request["descriptor"]],
         )
         try:
-            if worker.stdin is None or worker.stdout is None:
-                raise InputError("the TensorRT-RTX process has no pipes")
-            with worker.stdin as pipe:
-                pipe.write(json.dumps(request) + "\n")
-            answer = _listen(worker.stdout, progress)
+            answer = _listen(worker.stdout or (), progress)
             code = worker.wait()
         finally:
             if worker.poll() is None:  # Ctrl-C, or an error in `progress`
                 worker.kill()
                 worker.wait()
-            worker.stdout.close() if worker.stdout else None
+            if worker.stdout is not None:
+                worker.stdout.close()
         if answer is None:
             words.seek(0)
             last = " ".join(words.read().split())[-600:]
@@ -286,7 +285,7 @@ def _run(request: Mapping[str, Any], progress: Progress | None) -> dict[str, Any
     return dict(answer["result"])
 
 
-def _listen(lines: IO[str], progress: Progress | None) -> dict[str, Any] | None:
+def _listen(lines: Iterable[str], progress: Progress | None) -> dict[str, Any] | None:
     answer = None
     for line in lines:
         message = json.loads(line)
