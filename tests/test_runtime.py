@@ -224,6 +224,17 @@ def test_a_folder_with_one_weights_file(tmp_path: Path, stateless: Callable[[lis
     assert opened.run_named(PROMPTS, ["layer1.token_sparse.keep"])["layer1.token_sparse.keep"].shape == (3,)
 
 
+def test_graphs_with_all_logits_run_too(stateless: Callable[[list[int]], np.ndarray]) -> None:
+    source = tiny.decoder()
+    models = {phase: lower(insert_cache(source, phase, logits="all"), "cpu").model for phase in ("prefill", "decode")}
+    engine = Engine.open(models, context=64)
+    for chunk in (None, 4):
+        logits = engine.prefill(PROMPTS, chunk).logits
+        for row, prompt in enumerate(PROMPTS):
+            np.testing.assert_allclose(logits[row], stateless(prompt), atol=ATOL, rtol=0)
+    assert engine.run_named(PROMPTS, [])["logits"].shape == (3, 14, VOCAB)
+
+
 def test_a_fixed_capacity_is_the_context() -> None:
     engine = Engine.open(build("cpu", capacity=16))
     assert engine.context == engine.fixed_capacity == 16

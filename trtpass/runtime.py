@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from trtpass.errors import InputError
 from trtpass.sampling import Sampler, Step
-from trtpass.sessions import Source, dtype_of, open_session, provider_name
+from trtpass.sessions import Source, dtype_of, open_session, properties, provider_name
 
 PREFILL, DECODE = "prefill", "decode"
 DEFAULT_HEADROOM = 256  # tokens after the prompt, where neither the graph nor the model states a limit
@@ -57,9 +58,8 @@ class Engine:
         self._cache_shapes = {n: (inputs[n].shape[1], inputs[n].shape[3]) for n in self.cache_inputs}
         self._cache_dtype = dtype_of(inputs[self.cache_inputs[0]].type)
         slots = inputs[self.cache_inputs[0]].shape[2]
-        metadata = decode.get_modelmeta().custom_metadata_map
-        stated = metadata.get("trtpass.context")
-        limits = [x for x in (context, int(stated) if stated else None, slots) if isinstance(x, int)]
+        stated = decode.get_modelmeta().custom_metadata_map.get("trtpass.context", "")
+        limits = [x for x in (context, int(stated) if stated.isdecimal() else None, slots) if isinstance(x, int)]
         self.fixed_capacity: int | None = slots if isinstance(slots, int) else None
         self.context: int | None = min(limits, default=None)
         vocab = decode.get_outputs()[0].shape[-1]
@@ -94,10 +94,12 @@ class Engine:
             raise InputError(f"an engine without {' and '.join(missing)}", "a prefill and a decode graph")
         return cls(source, provider, threads, context)
 
-    @property
+    @cached_property
     def whole_prompt(self) -> str:
         """The method that needs whole prompts, or an empty string."""
-        return str(self._session(PREFILL).get_modelmeta().custom_metadata_map.get("trtpass.whole_prompt", ""))
+        from trtpass.passes import WHOLE_PROMPT_KEY
+
+        return properties(self._sources[PREFILL]).get(WHOLE_PROMPT_KEY, "")
 
     def prefill(self, rows: Sequence[Sequence[int]], chunk: int | None = None, capacity: int | None = None) -> State:
         """Read the prompts (of different lengths) into a new cache.

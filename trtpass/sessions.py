@@ -87,6 +87,13 @@ def open_session(source: Source, provider: str, threads: int | None = None, extr
     return session
 
 
+def properties(source: Source) -> dict[str, str]:
+    """The properties that passes left in a graph, read without a session (which would hold the weights once more)."""
+    from trtpass.io import load
+
+    return dict((load(source) if isinstance(source, (str, Path)) else source).metadata_props)
+
+
 def dtype_of(onnx_type: str) -> type[np.generic]:
     """``tensor(float16)`` to numpy's type, for the two that a cache may have."""
     known: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}

@@ -81,8 +81,7 @@ def inline_bodies(model: ir.Model, kind: str) -> list[Decision]:
     for identifier in [key for key in model.functions if key[0] == DOMAIN and key[1] in all_ops()]:
         del model.functions[identifier]  # a file may carry another version's bodies; these are this version's
     todo = _own_nodes(model)
-    while todo:
-        node = todo.pop()
+    for node in todo:  # grows by the nodes of bodies that call other operators
         identifier = node.op_identifier()
         op = all_ops().get(node.op_type)
         if op is None and identifier not in model.functions:
