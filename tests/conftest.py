@@ -2,54 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from families import FAMILIES, Exported, save_tiny
 
 GOLDEN = Path(__file__).resolve().parent.parent / "graphs" / "golden"
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
-VOCAB, CONTEXT = 128, 512
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing with them")
-
-
-def save_tiny(family: str, folder: Path, **changes: Any) -> Path:
-    """Save a seeded two-layer model of ``family``: E 96, 6 heads over 2 KV heads, D 16, vocab 128, context 512.
-
-    Weights are larger than at initialisation, so that logits and attention differ visibly between tokens; norms are
-    not all ones and biases not zero. ``changes`` override the configuration.
-    """
-    import torch
-    import transformers
-
-    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}[family]
-    settings: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 96,
-        "intermediate_size": 160,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": CONTEXT,
-        "tie_word_embeddings": family in ("llama", "qwen3"),
-        **({"sliding_window": None} if family == "mistral" else {}),
-        **changes,
-    }
-    config = getattr(transformers, f"{name}Config")(**settings)
-    with torch.random.fork_rng():
-        torch.manual_seed(FAMILIES.index(family))
-        model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                scale = 0.12 if parameter.ndim > 1 else 0.2
-                parameter.copy_((1.0 if parameter.ndim == 1 else 0.0) + scale * torch.randn_like(parameter))
-    model.save_pretrained(folder, safe_serialization=True)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +22,25 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Family -> Hugging Face folder of its tiny model."""
     root = tmp_path_factory.mktemp("tiny")
     return {family: save_tiny(family, root / f"tiny-{family}") for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """``tiny_export(family)``: its tiny model and plain export, made once a session. Not to be changed."""
+
+    @functools.cache
+    def make(family: str) -> Exported:
+        from graphs import resolve
+        from trtpass import io
+        from trtpass.export import export
+
+        loaded = resolve(str(tiny_folders[family])).load()
+        model = export(loaded.module, loaded.config, context=loaded.context)
+        path = tmp_path_factory.mktemp(f"export-{family}") / "model.onnx"
+        io.save(model, path)
+        return Exported(loaded, model, path)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import CONTEXT, FAMILIES, VOCAB, save_tiny
+from families import CONTEXT, FAMILIES, VOCAB, Exported, save_tiny
 
 from graphs import resolve
 from trtpass import io
@@ -30,16 +31,10 @@ TOLERANCE_SMOLLM2 = 2e-3
 LENGTHS = (1, 2, 17, 64, 300)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def exported(
-    request: pytest.FixtureRequest, tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Loaded, ir.Model, Path]:
-    """A tiny model of each family, its graph, and the file that it was saved to."""
-    loaded = resolve(str(tiny_folders[request.param])).load()
-    model = export(loaded.module, loaded.config, context=loaded.context)
-    path = tmp_path_factory.mktemp(request.param) / "model.onnx"
-    io.save(model, path)
-    return loaded, model, path
+@pytest.fixture(params=FAMILIES)
+def exported(request: pytest.FixtureRequest, tiny_export: Callable[[str], Exported]) -> Exported:
+    """A tiny model of each family."""
+    return tiny_export(request.param)
 
 
 def logits(module: Any, ids: np.ndarray) -> np.ndarray:
@@ -51,7 +46,7 @@ def hashes(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
 
 
-def test_logits_equal_torch(exported: tuple[Loaded, ir.Model, Path]) -> None:
+def test_logits_equal_torch(exported: Exported) -> None:
     loaded, _, path = exported
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
@@ -65,7 +60,7 @@ def test_logits_equal_torch(exported: tuple[Loaded, ir.Model, Path]) -> None:
             np.testing.assert_allclose(found, wanted, atol=TOLERANCE, rtol=0)
 
 
-def test_causal(exported: tuple[Loaded, ir.Model, Path]) -> None:
+def test_causal(exported: Exported) -> None:
     """A token changes the logits from its own position on, and none before."""
     session = ort.InferenceSession(exported[2], providers=["CPUExecutionProvider"])
     ids = np.random.default_rng(1).integers(0, VOCAB, (1, 40))
@@ -76,7 +71,7 @@ def test_causal(exported: tuple[Loaded, ir.Model, Path]) -> None:
     assert np.abs(first[:, 25:] - second[:, 25:]).max(axis=-1).min() > 1e-3
 
 
-def test_contract(exported: tuple[Loaded, ir.Model, Path]) -> None:
+def test_contract(exported: Exported) -> None:
     loaded, model, path = exported
     onnx.checker.check_model(path, full_check=True)
     assert (model.ir_version, dict(model.opset_imports)) == (IR_VERSION, {"": OPSET})
@@ -93,7 +88,7 @@ def test_contract(exported: tuple[Loaded, ir.Model, Path]) -> None:
     assert sum(node.op_type == "Attention" for node in model.graph) == loaded.config.num_hidden_layers
 
 
-def test_names_and_values_are_those_of_the_module(exported: tuple[Loaded, ir.Model, Path]) -> None:
+def test_names_and_values_are_those_of_the_module(exported: Exported) -> None:
     """Every parameter is there under its name; linear weights are stored ``[in, out]`` unless tied."""
     loaded, model, _ = exported
     state = {**dict(loaded.module.named_parameters()), **dict(loaded.module.named_buffers())}
@@ -110,7 +105,7 @@ def test_names_and_values_are_those_of_the_module(exported: tuple[Loaded, ir.Mod
     assert [node.inputs[0].name for node in transposed] == (["model.embed_tokens.weight"] if tied else [])
 
 
-def test_no_trace_of_the_machine(exported: tuple[Loaded, ir.Model, Path]) -> None:
+def test_no_trace_of_the_machine(exported: Exported) -> None:
     content = exported[2].read_bytes()
     for needle in (
         b"site-packages",
@@ -136,11 +131,9 @@ for folder in sys.argv[2:]:
 """
 
 
-def test_same_bytes(exported: tuple[Loaded, ir.Model, Path], tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_same_bytes(tiny_export: Callable[[str], Exported], tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     """Twice in another process with another hash seed, and once in this one; nothing is printed on the way."""
-    loaded, _, path = exported
-    if loaded.config.model_type != "qwen3":
-        pytest.skip("one family is enough")
+    path = tiny_export("qwen3").path
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         folder.mkdir()
@@ -168,9 +161,8 @@ def test_equal_weights_stay_apart(tmp_path: Path) -> None:
     assert sum("norm" in name for name in model.graph.initializers) == 5
 
 
-def test_graph_without_weights_is_the_same(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    loaded = resolve(str(tiny_folders["qwen3"])).load()
-    real = export(loaded.module, loaded.config, context=CONTEXT)
+def test_graph_without_weights_is_the_same(tiny_export: Callable[[str], Exported], tmp_path: Path) -> None:
+    loaded, real, _ = tiny_export("qwen3")
     meta = export_on_meta(loaded.config, tmp_path / "sparse.bin")
     assert [(n.name, n.op_type, [v and v.name for v in n.inputs]) for n in real.graph] == [
         (n.name, n.op_type, [v and v.name for v in n.inputs]) for n in meta.graph

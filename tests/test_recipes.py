@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CONTEXT, FAMILIES, VOCAB, save_tiny
+from families import CONTEXT, FAMILIES, VOCAB, save_tiny
 from safetensors.torch import load_file, save_file
 
 import graphs
