@@ -1,0 +1,132 @@
+"""``trtpass bench``: speed and memory against the strongest baseline, both sides interleaved in one process.
+
+Every benchmark first compares its results with an oracle, on poisoned outputs, and raises ``CheckFailed`` instead of
+reporting a speed where they differ. docs/benchmarks.md has figures and how to read them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trtpass.bench.record import Record, pays_from, render
+from trtpass.errors import InputError
+
+if TYPE_CHECKING:
+    from trtpass.bench.measure import Machine
+
+__all__ = ["NAMES", "Record", "pays_from", "render", "run"]
+
+NAMES = {
+    "dense.attention": "dense attention: GroupQueryAttention against other forms and the matmul peak",
+    "tsa.attention": "attention of a token-sparse layer at forced kept fractions and at the coverage's own",
+    "tsa.overhead": "scoring, budget and selection as a share of dense attention",
+    "tsa.prefill": "whole prefill of an engine's model, rewritten against dense",
+    "compile.passes": "time and memory of all passes on a 36-layer, 8B-shaped graph",
+}
+ENGINES = Path("engines")
+
+
+def run(
+    names: Sequence[str],
+    *,
+    tokens: Sequence[int] = (2048, 4096, 8192),
+    threads: int | None = None,
+    repeats: int = 7,
+    engine: Path | None = None,
+    note: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+) -> list[Record]:
+    """Run benchmarks.
+
+    Args:
+        names: of ``NAMES``; none means all that run here.
+        tokens: lengths of a row.
+        threads: threads of one operator; default: the cores that this process may use.
+        repeats: interleaved repeats of each side.
+        engine: folder of an engine, for real q, k, v and whole prefill; default: the newest under ``engines/``.
+        note: told, in words, what is being run, and what was left out and why.
+
+    Raises:
+        InputError: an unknown name, a length below 1, or a benchmark that was asked for and cannot run here.
+        CheckFailed: a result is wrong; nothing is reported then.
+    """
+    from trtpass.bench import dense, measure
+
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        raise InputError(f"unknown benchmark '{unknown[0]}'", f"one of {', '.join(NAMES)}")
+    if repeats < 1 or (threads is not None and threads < 1):
+        raise InputError(f"repeats={repeats}, threads={threads}", "1 or more")
+    dense.need_lengths(tokens)
+    chosen = [name for name in NAMES if not names or name in names]
+    machine = measure.describe(threads or measure.cores())
+    folder = _engine(engine)
+    records: list[Record] = []
+    attention = [name for name in chosen if name.endswith((".attention", ".overhead"))]
+    if attention:
+        records += _attention(attention, tokens, machine, repeats, folder, note)
+    if "tsa.prefill" in chosen:
+        if folder is not None:
+            from trtpass.bench import prefill
+
+            note(f"tsa.prefill: {folder}")
+            records += prefill.run(tokens, folder, machine, repeats)
+        elif names:
+            raise InputError("tsa.prefill needs an engine, and there is none", "an engine folder", _BUILD)
+        else:
+            note(f"tsa.prefill left out: there is no engine; {_BUILD}")
+    if "compile.passes" in chosen:
+        from trtpass.bench import compiling
+
+        note("compile.passes: exporting a 36-layer graph (not measured), then all passes in a process of their own")
+        try:
+            records += compiling.run(machine, repeats=min(repeats, 3))
+        except compiling.NotHere as reason:
+            if names:
+                raise
+            note(f"compile.passes left out: {reason}")
+    return records
+
+
+_BUILD = "run make engine MODEL=smollm2-135m (its weights come with make setup), or give --engine"
+
+
+def _engine(given: Path | None) -> Path | None:
+    """The folder that was given, else the newest of a decoder under ``engines/``, else None."""
+    if given is not None:
+        if not (given / "dense.onnx").is_file():
+            raise InputError(f"{given} has no dense.onnx", "the folder of an engine", _BUILD)
+        return given
+    found = [file.parent for file in ENGINES.glob("*/*/dense.onnx") if (file.parent / "tokenizer.json").is_file()]
+    return max(found, key=lambda folder: folder.stat().st_mtime, default=None)
+
+
+def _attention(
+    names: Sequence[str],
+    tokens: Sequence[int],
+    machine: Machine,
+    repeats: int,
+    folder: Path | None,
+    note: Callable[[str], None],
+) -> list[Record]:
+    """Benchmarks of one layer, on q, k, v of the engine's model where there is one, else on noise."""
+    from trtpass.bench import dense, inputs, sparse
+    from trtpass.bench.layer import Heads
+
+    if folder is not None:
+        note(f"capturing q, k, v of {folder} at {max(tokens)} tokens")
+        layers, heads = inputs.captured(folder, inputs.sparse_layers(folder), max(tokens), machine.threads)
+    else:
+        note("no engine: attention runs on seeded noise, so the coverage's own kept fraction is left out; " + _BUILD)
+        heads = Heads()
+        layers = inputs.seeded(heads, max(tokens))
+    records: list[Record] = []
+    if "dense.attention" in names:
+        note("dense.attention")
+        records += dense.run(tokens, layers, heads, machine, repeats)
+    if sparse_names := [name for name in names if name.startswith("tsa.")]:
+        note(", ".join(sparse_names))
+        records += sparse.run(sparse_names, tokens, layers, heads, machine, repeats)
+    return records
