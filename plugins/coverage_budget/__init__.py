@@ -77,9 +77,15 @@ OP = coverage_budget
 
 
 @OP.body("dynamic")
-@OP.body("static")
-def _body() -> Any:
+def _dynamic() -> Any:
     from plugins.coverage_budget.body import CoverageBudget
+
+    return CoverageBudget
+
+
+@OP.body("static")
+def _static() -> Any:
+    from plugins.coverage_budget.static import CoverageBudget
 
     return CoverageBudget
 

@@ -74,9 +74,15 @@ OP = select_tokens
 
 
 @OP.body("dynamic")
-@OP.body("static")
-def _body() -> Any:
+def _dynamic() -> Any:
     from plugins.select_tokens.body import SelectTokens
+
+    return SelectTokens
+
+
+@OP.body("static")
+def _static() -> Any:
+    from plugins.select_tokens.static import SelectTokens
 
     return SelectTokens
 
