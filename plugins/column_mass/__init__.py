@@ -79,17 +79,11 @@ OP = column_mass
 
 
 @OP.body("dynamic")
-def _dynamic() -> Any:
-    from plugins.column_mass.body import attended
-
-    return attended
-
-
 @OP.body("static")
-def _static() -> Any:
-    from plugins.column_mass.body import multiplied
+def _body() -> Any:
+    from plugins.column_mass.body import ColumnMass
 
-    return multiplied
+    return ColumnMass
 
 
 @OP.cases

@@ -1,19 +1,19 @@
 """ColumnMass in standard operators: W rows a head are gathered, so no S x S tensor is ever made.
 
-The probabilities `[B, H, W, S]` are what costs. ``multiplied`` spells them out: K is not expanded, the G query heads of
-a group become rows of one product with their key head, and one small bias is broadcast over the heads. ``attended``
-asks the Attention operator for them, which saves a pass over that tensor in ONNX Runtime.
+The probabilities `[B, H, W, S]` are what costs: a product, a bias, a softmax, a product. K is not expanded, the G query
+heads of a group become rows of one product with their key head. (Asking Attention for its probabilities instead, with
+``qk_matmul_output_mode``, takes ONNX Runtime the same time.)
 """
 
 from __future__ import annotations
 
 from onnxscript import script
 
-from plugins._body import TRTPASS, Float32, Floats, Int32, op
+from plugins._body import TRTPASS, Float32, Floats, Int32, Int64, op
 
 
 @script(TRTPASS, default_opset=op)
-def last_rows(q: Floats, lengths: Int32, window: int = 128) -> tuple[Float32, Int32]:
+def last_rows(q: Floats, lengths: Int32, window: int = 128) -> tuple[Float32, Int64]:
     """The last W rows of each batch row, `[B, H, W, D]` float32, and their positions `[B, 1, W]`; W is at most S.
 
     A row of the batch that is shorter than W has surplus rows at its end: real rows, so that they are finite.
@@ -33,7 +33,7 @@ def last_rows(q: Floats, lengths: Int32, window: int = 128) -> tuple[Float32, In
 
 
 @script(TRTPASS, default_opset=op)
-def pooled_columns(probability: Float32, position: Int32, lengths: Int32, pool: int = 7, prefix: int = 0) -> Float32:
+def pooled_columns(probability: Float32, position: Int64, lengths: Int32, pool: int = 7, prefix: int = 0) -> Float32:
     """Column sums over the real rows of `[B, H, W, S]`, then the domain, pooling inside it, and the domain again."""
     one = op.Constant(value_ints=[1])
     length = op.Unsqueeze(op.Cast(lengths, to=7), op.Constant(value_ints=[1, 2]))  # [B, 1, 1]
@@ -53,7 +53,7 @@ def pooled_columns(probability: Float32, position: Int32, lengths: Int32, pool: 
 
 
 @script(TRTPASS, default_opset=op)
-def multiplied(
+def ColumnMass(
     q: Floats, k: Floats, lengths: Int32, window: int = 128, pool: int = 7, prefix: int = 0, scale: float = 0.0
 ) -> Float32:
     last, position = last_rows(q, lengths, window=window)
@@ -69,21 +69,4 @@ def multiplied(
     bias = op.Where(visible, 0.0, -3.4e38)
     shape = op.Concat(op.Shape(last, start=0, end=3), tokens, axis=0)
     probability = op.Softmax(op.Reshape(scores, shape) + bias, axis=-1)
-    return pooled_columns(probability, position, lengths, pool=pool, prefix=prefix)
-
-
-@script(TRTPASS, default_opset=op)
-def attended(
-    q: Floats, k: Floats, lengths: Int32, window: int = 128, pool: int = 7, prefix: int = 0, scale: float = 0.0
-) -> Float32:
-    last, position = last_rows(q, lengths, window=window)
-    width = op.Cast(op.Shape(q, start=3, end=4), to=1)  # [1]: D
-    ratio = op.Where(scale == 0.0, 1.0, scale * op.Sqrt(width))  # to Attention's own 1 / sqrt(D)
-    key = op.Cast(k, to=1)
-    value = op.Slice(key, op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[3]))
-    # With lengths given, causal means that the last of the W rows is at the last key: each sees up to its own position.
-    seen = op.ReduceMax(position, op.Constant(value_ints=[1, 2]), keepdims=0) + 1  # [B]
-    _out, _key, _value, probability = op.Attention(
-        last * ratio, key, value, None, None, None, seen, is_causal=1, qk_matmul_output_mode=3
-    )
     return pooled_columns(probability, position, lengths, pool=pool, prefix=prefix)
