@@ -3,9 +3,12 @@
 A mask is interpreted abstractly: every tensor becomes a formula (sympy) of its own coordinates ``i0, i1, ...`` and of
 the symbolic sizes of the graph's inputs. ``Range`` is ``i0``, ``Unsqueeze`` moves coordinates, ``LessOrEqual`` is a
 relation, and so on; what cannot be expressed raises ``Unprovable`` with the node that stopped the proof. The mask of
-attention, a formula of ``(i0, i1, i2, i3)`` = (batch, head, query, key), is causal iff it is equivalent to ``i3 <= i2``.
+attention, a formula of ``(i0, i1, i2, i3)`` = (batch, head, query, key), is causal iff it means ``i3 <= i2``.
 This is a proof for all sizes, not a probe of a few; a mask that also depends on an input (padding, documents) is
 reported as such.
+
+Formulas are over exact integers, tensors are not: whatever could round, wrap around or count from the end (casts to
+narrow or unsigned types, fractions, large offsets, indices that may be negative) stops the proof.
 """
 
 from __future__ import annotations
@@ -15,12 +18,17 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 import sympy
+from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
 from trtpass.ir import const_array, int_attr, is_op
 
 _MASKED = -1e4  # an additive mask at or below this hides a key (float16's lowest is -65504)
 _LIMIT = 400  # nodes above one mask; a proof that needs more is not attempted
+# Positions are computed in int32 or float32, exact up to 2^24: contexts up to 2^20 tokens, times 8, stay below it.
+_MOST_OFFSET, _MOST_FACTOR = 2**20, 8
+_WIDE = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.INT32, ir.DataType.INT64)
+_TO_THE_END = 2**31 - 1  # Slice: exporters write such ends for "all the rest"
 
 
 class Unprovable(Exception):
@@ -60,13 +68,23 @@ def _substitute(expression: sympy.Basic, where: Sequence[sympy.Basic]) -> sympy.
     return expression.subs({axis(i): c for i, c in enumerate(where)}, simultaneous=True)
 
 
-def prove_causal(mask: ir.Value) -> str:
-    """Empty if ``mask`` (boolean or additive, broadcast to ``[B, H, S, S]``) is exactly causal, else why it is not."""
+def prove_causal(mask: ir.Value, length: int | str) -> str:
+    """Empty if ``mask`` (boolean or additive) is exactly causal over ``length`` queries and as many keys, else why not.
+
+    Args:
+        mask: rank 2 to 4, broadcast to ``[B, H, S, S]``. Its last two axes must have S entries each: of a shorter mask
+            Attention hides the keys beyond it, and one that is broadcast over queries or keys is not causal.
+        length: S, as a number or a symbolic size of the graph.
+    """
     try:
         formula = _Interpreter().formula(mask)
         rank = len(formula.shape)
         if rank > 4 or rank < 2:
             return f"mask '{mask.name}' has rank {rank}"
+        wanted = sympy.Integer(length) if isinstance(length, int) else _size(length)
+        if any(sympy.expand(size - wanted) != 0 for size in formula.shape[-2:]):
+            sizes = ", ".join(map(str, formula.shape))
+            return f"mask '{mask.name}' has shape [{sizes}], not [.., {length}, {length}]"
         seen = formula.at([axis(4 - rank + k) for k in range(rank)])
         return _judge(_visible(seen), str(mask.name))
     except Unprovable as stop:
@@ -91,21 +109,32 @@ def size_symbols(value: ir.Value) -> tuple[sympy.Expr, ...]:
 
 def _visible(element: sympy.Basic) -> sympy.Basic:
     """The condition under which a key is visible, from a boolean mask or an additive one."""
-    if isinstance(element, sympy.logic.boolalg.Boolean):
+    if _is_condition(element):
         return element
     if element.has(sympy.Piecewise):
         element = sympy.piecewise_fold(element)  # (1 - mask) * lowest, mask + bias
     if isinstance(element, sympy.Piecewise):
-        visible: list[sympy.Basic] = []
-        earlier: sympy.Basic = sympy.true
-        for value, condition in element.args:
-            if value.is_zero:
-                visible.append(sympy.And(earlier, condition))
-            elif not (value.is_number and value <= _MASKED):
+        for value, _ in element.args:
+            if not value.is_zero and not (value.is_number and value <= _MASKED):
                 raise Unprovable(f"additive values other than 0 and -inf ({value})")
-            earlier = sympy.And(earlier, sympy.Not(condition))
-        return sympy.Or(*visible)
+        return _any_branch(element, lambda value: bool(value.is_zero))
     raise Unprovable("it is neither a condition nor a choice between 0 and -inf")
+
+
+def _any_branch(choice: sympy.Piecewise, wanted: Callable[[sympy.Basic], bool]) -> sympy.Basic:
+    """The condition under which a piecewise value comes from a branch that is ``wanted``."""
+    found: list[sympy.Basic] = []
+    earlier: sympy.Basic = sympy.true
+    for value, condition in choice.args:
+        if wanted(value):
+            found.append(sympy.And(earlier, condition))
+        earlier = sympy.And(earlier, sympy.Not(condition))
+    return sympy.Or(*found)
+
+
+def _is_condition(element: sympy.Basic) -> bool:
+    """Whether it is true or false. (To sympy a symbol may be either; here symbols are numbers.)"""
+    return isinstance(element, sympy.logic.boolalg.Boolean) and not isinstance(element, sympy.Symbol)
 
 
 def _judge(condition: sympy.Basic, name: str) -> str:
@@ -115,7 +144,7 @@ def _judge(condition: sympy.Basic, name: str) -> str:
     rest = [c for c in conjuncts if c not in causal]
     if causal and not rest:
         return ""
-    inputs = sorted({str(f.func) for c in rest for f in c.atoms(sympy.core.function.AppliedUndef)})
+    inputs = sorted({str(f.func) for c in rest for f in c.atoms(AppliedUndef)})
     if causal and inputs:
         return f"mask '{name}' is causal and also depends on the input {', '.join(inputs)}"
     if causal:
@@ -125,7 +154,7 @@ def _judge(condition: sympy.Basic, name: str) -> str:
 
 def _is_at_most(condition: sympy.Basic, key: sympy.Symbol, query: sympy.Symbol) -> bool:
     """Whether a relation over integers is ``key <= query`` in any of its spellings."""
-    if not isinstance(condition, Relational):
+    if not isinstance(condition, Relational) or condition.atoms(AppliedUndef):
         return False
     over = condition.lhs - condition.rhs
     gaps = {sympy.Le: over, sympy.Ge: -over, sympy.Lt: over + 1, sympy.Gt: 1 - over}
@@ -155,8 +184,11 @@ class _Interpreter:
         node = value.producer()
         if node is None:
             if value.is_graph_input() and value.shape is not None:
+                if value.dtype is None or value.dtype.is_floating_point():
+                    raise Unprovable(f"it depends on the input {value.name}, which is not an integer or boolean tensor")
                 shape = _sizes(value)
-                return Formula(shape, sympy.Function(str(value.name))(*[axis(k) for k in range(len(shape))]))
+                given = sympy.Function(str(value.name))(*[axis(k) for k in range(len(shape))])
+                return Formula(shape, sympy.Ne(given, 0) if value.dtype == ir.DataType.BOOL else given)
             raise Unprovable(f"'{value.name}' is a large constant or unknown")
         rule = _RULES.get(node.op_type) if is_op(node, node.op_type) else None
         if rule is None:
@@ -181,16 +213,46 @@ class _Interpreter:
 
 def _sizes(value: ir.Value) -> tuple[sympy.Expr, ...]:
     return tuple(
-        sympy.Integer(d)
-        if isinstance(d, int)
-        else sympy.Symbol(str(d.value or f"{value.name}_{k}"), integer=True, positive=True)
+        sympy.Integer(d) if isinstance(d, int) else _size(str(d.value or f"{value.name}_{k}"))
         for k, d in enumerate(value.shape or ())
     )
 
 
+def _size(name: str) -> sympy.Symbol:
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+def _moves(element: sympy.Basic) -> bool:
+    """Whether the value (not only a condition inside it) depends on coordinates, sizes or inputs: a position."""
+    if isinstance(element, sympy.Piecewise):
+        return any(_moves(value) for value, _ in element.args)
+    if _is_condition(element):
+        return False
+    return isinstance(element, (sympy.Symbol, AppliedUndef)) or any(_moves(part) for part in element.args)
+
+
+def _exact(element: sympy.Basic) -> sympy.Basic:
+    """``element`` if tensors of at least 24 bits compute it exactly; else the proof stops."""
+    if not _is_condition(element) and _moves(element):
+        for part in sympy.preorder_traversal(element):
+            if not part.is_number:
+                continue
+            if not part.is_Integer:
+                raise Unprovable(f"positions are computed with {part}")
+            if abs(part) > _MOST_OFFSET:
+                raise Unprovable(f"positions are moved by {part}, beyond what is exact")
+        for part in element.atoms(sympy.Mul):
+            if abs(part.as_coeff_Mul()[0]) > _MOST_FACTOR and _moves(part):
+                raise Unprovable(f"positions are scaled in {part}, beyond what is exact")
+    return element
+
+
 def _constant(array) -> Formula:  # type: ignore[no-untyped-def]
     def literal(x) -> sympy.Basic:  # type: ignore[no-untyped-def]
-        return (sympy.true if x else sympy.false) if array.dtype.kind == "b" else sympy.sympify(x.item())
+        if array.dtype.kind == "b":
+            return sympy.true if x else sympy.false
+        number = x.item()
+        return sympy.Integer(int(number)) if number == number // 1 else sympy.sympify(number)
 
     shape = tuple(sympy.Integer(n) for n in array.shape)
     flat = array.reshape(-1)
@@ -222,9 +284,11 @@ def _elementwise(combine: Callable[..., sympy.Basic]) -> Callable[[_Interpreter,
         ):
             length = max(len(f.stack or ()) for f in formulas)
             columns = [f.stack or (f.at([sympy.Integer(0)] * len(f.shape)),) * length for f in formulas]
-            return Formula((sympy.Integer(length),), stack=tuple(combine(*row) for row in zip(*columns, strict=True)))
+            return Formula(
+                (sympy.Integer(length),), stack=tuple(_exact(combine(*row)) for row in zip(*columns, strict=True))
+            )
         shape, elements = _broadcast(*formulas)
-        return Formula(shape, combine(*elements))
+        return Formula(shape, _exact(combine(*elements)))
 
     return rule
 
@@ -329,9 +393,10 @@ def _slice(interpreter: _Interpreter, node: ir.Node) -> Formula:
         size = shape[a]
         first = size + start if start.is_negative else start
         last = size + end if end.is_negative else end
-        stop = size if _at_least(last, size) else last
-        if not _at_least(size, stop) or not _at_least(stop, first):
-            raise Unprovable(f"Slice '{node.name}' ends at {last} of {size}")
+        beyond = last.is_Integer and last >= _TO_THE_END
+        stop = size if beyond or _at_least(last, size) else last
+        if not (_at_least(first, sympy.Integer(0)) and _at_least(stop, first) and _at_least(size, stop)):
+            raise Unprovable(f"Slice '{node.name}' takes {first} to {last} of {size}")
         shape[a] = sympy.expand(stop - first)
         where[a] = where[a] + first
     return Formula(tuple(shape), source.at(where))
@@ -371,6 +436,8 @@ def _gather_nd(interpreter: _Interpreter, node: ir.Node) -> Formula:
     data, indices = interpreter.formula(node.inputs[0]), interpreter.formula(node.inputs[1])
     if int_attr(node, "batch_dims", 0) or indices.stack is None or len(indices.stack) != len(data.shape):
         raise Unprovable(f"GatherND '{node.name}' is not a full index")
+    if not all(where.is_nonnegative for where in indices.stack):
+        raise Unprovable(f"GatherND '{node.name}' may count from the end")
     return Formula(indices.shape[:-1], data.at(indices.stack))
 
 
@@ -389,7 +456,7 @@ def _cum_sum(interpreter: _Interpreter, node: ir.Node) -> Formula:
     element = source.at([axis(n) for n in range(len(source.shape))])
     if element.has(axis(k)) or int_attr(node, "exclusive", 0) or int_attr(node, "reverse", 0):
         raise Unprovable(f"CumSum '{node.name}' of a varying tensor")
-    return Formula(source.shape, element * (axis(k) + 1))
+    return Formula(source.shape, _exact(element * (axis(k) + 1)))
 
 
 def _cast(interpreter: _Interpreter, node: ir.Node) -> Formula:
@@ -397,14 +464,27 @@ def _cast(interpreter: _Interpreter, node: ir.Node) -> Formula:
     to = ir.DataType(int_attr(node, "to", 1))
 
     def convert(x: sympy.Basic) -> sympy.Basic:
-        boolean = isinstance(x, sympy.logic.boolalg.Boolean)
+        boolean = _is_condition(x)
         if to == ir.DataType.BOOL:
+            if isinstance(x, sympy.Piecewise) and not _moves(x):  # a condition was cast to numbers before
+                return _any_branch(x, lambda value: not value.is_zero)
             return x if boolean else sympy.Ne(x, 0)
+        if to.name.startswith("UINT") or (_moves(x) and to not in _WIDE):
+            raise Unprovable(f"Cast '{node.name}' to {to.name}, which may wrap around or round")
+        if not boolean and not _whole(x) and not to.is_floating_point():
+            raise Unprovable(f"Cast '{node.name}' to {to.name} cuts a fraction")
         return sympy.Piecewise((1, x), (0, True)) if boolean else x
 
     if source.stack is not None:
         return Formula(source.shape, stack=tuple(convert(x) for x in source.stack))
     return Formula(source.shape, convert(source.at([axis(k) for k in range(len(source.shape))])))
+
+
+def _whole(element: sympy.Basic) -> bool:
+    """Whether a value is known to be an integer; inputs of the graph are (others stop the proof)."""
+    if isinstance(element, sympy.Piecewise):
+        return all(_whole(value) for value, _ in element.args)
+    return bool(element.is_integer) or isinstance(element, AppliedUndef)
 
 
 def _constant_of_shape(interpreter: _Interpreter, node: ir.Node) -> Formula:
@@ -424,13 +504,13 @@ def _trilu(interpreter: _Interpreter, node: ir.Node) -> Formula:
     row, column = axis(rank - 2), axis(rank - 1)
     inside = column - row >= k if int_attr(node, "upper", 1) else column - row <= k
     element = source.at([axis(n) for n in range(rank)])
-    if isinstance(element, sympy.logic.boolalg.Boolean):
+    if _is_condition(element):
         return Formula(source.shape, sympy.And(element, inside))
     return Formula(source.shape, sympy.Piecewise((element, inside), (0, True)))
 
 
 def _where(condition: sympy.Basic, a: sympy.Basic, b: sympy.Basic) -> sympy.Basic:
-    if isinstance(a, sympy.logic.boolalg.Boolean) and isinstance(b, sympy.logic.boolalg.Boolean):
+    if _is_condition(a) and _is_condition(b):
         return sympy.ITE(condition, a, b)
     return sympy.Piecewise((a, condition), (b, True))
 

@@ -10,7 +10,7 @@ from trtpass.ir import const_ints, const_scalar, dims, int_attr, is_op, make_nod
 
 def raise_causal(graph: ir.Graph) -> tuple[int, list[str]]:
     """Drop each mask that is proved causal and set ``is_causal``; a mask shared by all layers is proved once."""
-    applied, near, proofs = 0, [], dict[int, str]()
+    applied, near, proofs = 0, [], dict[tuple[int, str], str]()
     for node in graph:
         if not is_op(node, "Attention") or len(node.inputs) < 4 or (mask := node.inputs[3]) is None:
             continue
@@ -24,9 +24,10 @@ def raise_causal(graph: ir.Graph) -> tuple[int, list[str]]:
         if lengths[0] is None or lengths[0] != lengths[1]:
             near.append(f"Attention '{node.name}': query and key lengths {lengths} are not known to be equal")
             continue
-        if id(mask) not in proofs:
-            proofs[id(mask)] = prove_causal(mask)
-        if reason := proofs[id(mask)]:
+        proof = (id(mask), str(lengths[0]))
+        if proof not in proofs:
+            proofs[proof] = prove_causal(mask, lengths[0])
+        if reason := proofs[proof]:
             near.append(f"Attention '{node.name}': {reason}")
             continue
         node.replace_input_with(3, None)
@@ -133,7 +134,7 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> str:
 
 
 def _untransposed(kt: ir.Value) -> ir.Value | str:
-    """k ``[B, H, S, D]`` above ``[B, H, D, S]``: one Transpose, or Reshape(Transpose(Reshape(k))) with B and H merged."""
+    """k ``[B, H, S, D]`` above ``[B, H, D, S]``: a Transpose, or Reshape(Transpose(Reshape(k))) with B and H merged."""
     node = kt.producer()
     if is_op(node, "Transpose") and node.inputs[0] is not None:
         perm = list(node.attributes["perm"].value) if "perm" in node.attributes else []
@@ -161,13 +162,14 @@ def _after_nan_guard(softmax: ir.Node) -> ir.Node | None:
         consumers = list(value.consumers())
         if len(consumers) == 1 and is_op(consumers[0], "MatMul") and consumers[0].inputs[0] is value:
             return consumers[0]
-        where = next(
-            (c for c in consumers if is_op(c, "Where") and c.inputs[2] is value and const_scalar(c.inputs[1]) == 0),
-            None,
-        )
-        rest = [c for c in consumers if c is not where]
-        if where is not None and all(is_op(c, "IsNaN") for c in rest):
-            value = where.outputs[0]
+        tests = [c for c in consumers if is_op(c, "IsNaN")]
+        guards = [
+            c for c in consumers
+            if is_op(c, "Where") and c.inputs[2] is value and const_scalar(c.inputs[1]) == 0
+            and any(c.inputs[0] is test.outputs[0] for test in tests)
+        ]  # fmt: skip
+        if len(guards) == 1 and len(guards) + len(tests) == len(consumers):
+            value = guards[0].outputs[0]
         elif len(consumers) == 1 and is_op(consumers[0], "Cast", "Identity"):
             value = consumers[0].outputs[0]
         else:
