@@ -19,6 +19,7 @@ from trtpass.errors import InputError
 from trtpass.ir import make_node
 from trtpass.passes.cache import insert_cache
 from trtpass.passes.explicit_masks import ExplicitMasks, explicit_masks
+from trtpass.passes.fresh_cache import concat_fresh_cache
 from trtpass.passes.turing import products_as_sums
 
 CAPACITY = 16
@@ -113,6 +114,17 @@ def test_prefill_keeps_causality() -> None:
 def test_symbolic_capacity_is_refused() -> None:
     with pytest.raises(InputError, match="symbolic capacity 'capacity'"):
         explicit_masks(insert_cache(tiny.decoder(), "decode"))
+
+
+def test_fresh_cache_by_concat_keeps_the_numbers() -> None:
+    model = insert_cache(tiny.decoder(), "prefill", capacity=CAPACITY, logits="all")
+    feeds = decode_feeds(model, 5, [0, 0])
+    del feeds["past_lengths"]
+    before = run(model, feeds)
+    assert concat_fresh_cache(model) == 4
+    for one, other in zip(before, run(model, feeds), strict=True):
+        np.testing.assert_array_equal(other, one)
+    assert concat_fresh_cache(decode()) == 0  # written at past_lengths
 
 
 def test_products_as_sums_keep_the_numbers() -> None:
@@ -221,7 +233,7 @@ def test_rewritten_plan_with_static_bodies(options: str, tmp_path: Path) -> None
         written(lowered, tmp_path), tmp_path / "a.plan", profile=profile(lowered, 8192, batch=1),
         compute_capabilities=["SM75", "SM120"],
     )  # fmt: skip
-    assert report.attentions == 2
+    assert (report.attentions, report.decomposed) == (2, False)
     scores = 4 * 8192 * 8192 * 2  # bytes of one layer's S x S scores in float16
     assert report.activation_memory < scores / 4  # nothing of size S x S is materialised
 

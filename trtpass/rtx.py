@@ -26,6 +26,7 @@ from trtpass.errors import InputError
 from trtpass.ir import check, tidy
 from trtpass.op import DOMAIN
 from trtpass.passes.explicit_masks import NONPAD, explicit_masks
+from trtpass.passes.fresh_cache import concat_fresh_cache
 from trtpass.passes.turing import products_as_sums
 from trtpass.staging import replacing
 
@@ -100,6 +101,7 @@ def lower(model: ir.Model, compute_capabilities: Sequence[str] = SMS) -> ir.Mode
     inline_bodies(copy, "static")
     to_fp16(copy)
     explicit_masks(copy)
+    concat_fresh_cache(copy)
     if _has_turing(compute_capabilities):
         products_as_sums(copy)
     tidy(copy)
