@@ -97,7 +97,7 @@ def build(request: Request, report: Report = silent) -> tuple[Manifest, Path]:
         report(f"lowering to {request.target}", 0.35)
         lowering, sm = _lower(request, dense, rewritten, work, context, report)
         report("checking", 0.45)
-        ladder = Ladder(work, dense, rewritten, pipeline, results, probe_for(loaded, dense, pipeline), loaded.module)
+        ladder = Ladder(work, dense, rewritten, pipeline, results, probe_for(loaded, dense, pipeline), loaded.module, loaded.onnx)
         checks = check_ladder(ladder, request.target, report)
         _save_example(ladder, work)
         if loaded.tokenizer is not None:

@@ -23,7 +23,7 @@ app.add_typer(calibrate_app, name="calibrate")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 PassList = Annotated[
     list[str] | None,
-    typer.Option("-p", "--pass", help="NAME[:key=value,...]; repeat for several. See `trtpass passes`."),
+    typer.Option("-p", "--pass", help="NAME[:key=value,...]; repeat for several; 'none' for the dense engine. See `trtpass passes`."),
 ]
 EngineFolder = Annotated[
     Path, typer.Argument(help="Folder of an engine, engines/<model>/<recipe>.", show_default=False)
@@ -68,7 +68,7 @@ def build_command(
         raise InputError("both --dense and -p were given", "one of them")
     if logits not in ("last", "all"):
         raise InputError(f"--logits {logits}", "last or all")
-    chosen: list[str] | None = [] if dense else passes
+    chosen: list[str] | None = [] if dense or passes == ["none"] else passes
     request = Request(model, chosen, target, tuple(s.strip() for s in sm.split(",") if s.strip()), out, logits)
     with bar(f"building {model if model in known() else Path(model).name}") as report:
         manifest, folder = build(request, report)

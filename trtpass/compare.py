@@ -177,6 +177,7 @@ class Ladder:
     results: Sequence[PassResult]
     probe: Probe
     module: Any | None
+    original: Path | None = None  # the ONNX file that the engine was made from, where there is no torch model
     saved: TorchRun | None = None  # the torch side of ``rewrite``: what is saved beside the engine
     kept: dict[int, float] = field(default_factory=dict)
 
@@ -192,7 +193,7 @@ class Ladder:
     def export(self) -> Check:
         """A = B: the torch model and the raised graph, hidden states and last logits."""
         if self.module is None:
-            return Check.not_run("the model is an ONNX file: there is no torch model to compare with")
+            return self._raised() if self.original else Check.not_run("there is neither a torch model nor an ONNX file")
         torch_run = run_dense(self.module, self.probe.input_ids, self.probe.lengths)
         if not self.sites:
             self.saved = torch_run
@@ -200,6 +201,26 @@ class Ladder:
         hidden = expose_hidden(graph)
         LastLogits()(graph)
         return self._numeric(self._run(graph, hidden), self._torch(torch_run))
+
+    def _raised(self) -> Check:
+        """The given ONNX file and the raised graph: logits of every token of a short prompt."""
+        count = min(int(self.probe.lengths.min()), 256)
+        inputs = find(self.dense)
+        if inputs.input_ids is None or inputs.logits is None or self.original is None:
+            return Check.not_run("the raised graph has no token input or no logits")
+        feed, name = {str(inputs.input_ids.name): self.probe.input_ids[:, :count]}, str(inputs.logits.name)
+        given = session(self.original)
+        left = dict(zip((o.name for o in given.get_outputs()), given.run(None, feed), strict=True))
+        gap = difference({"logits": run_onnx(self.dense, self.folder, feed)[name]}, {"logits": left[name]}, ATOL, RTOL)
+        return Check(
+            status="passed" if gap.ok else "failed",
+            reason="the given ONNX file = raised ONNX (there is no torch model)"
+            if gap.ok
+            else f"outputs differ by {gap.max_abs:.2e}",
+            max_abs=gap.max_abs,
+            max_rel=gap.max_rel,
+            tolerance=f"atol {ATOL:g}, rtol {RTOL:g}, 2x{count} tokens",
+        )
 
     def rewrite(self) -> Check:
         """D = C: the twin with the graph's selections forced, tight; its own choices, within the margin of the cut."""
@@ -213,12 +234,39 @@ class Ladder:
         chosen = read_selections(self.sites, outputs)
         self.kept = {k: float(np.mean(v["count"] / self.probe.lengths[:, None])) for k, v in chosen.items()}
         if self.module is None:
-            return Check.not_run("the model is an ONNX file: there is no torch model for a twin")
+            return self._sites_alone()
         twin: TokenSparseTwin = self._selecting().twin(self.module, next(r for r in self.results if sites_of([r])))
         forced = {layer: (s["index"], s["count"]) for layer, s in chosen.items()}
         self.saved = twin.run(self.probe.input_ids, self.probe.lengths, forced)
         free = disagreement(chosen, self.saved.selections, self.probe.lengths, self.protected)
         return self._numeric(_main(outputs), self._torch(self.saved), free, pruned=self._pruned())
+
+    def _sites_alone(self) -> Check:
+        """Without a torch model: each sparse site against the operators' references, on the graph's own q, k and v."""
+        graph = self.rewritten.clone()
+        blocks = {block.layer: block for block in find(self.dense).blocks}
+        inputs = {
+            s.layer: [str(v.name) for v in (blocks[s.layer].q, blocks[s.layer].k, blocks[s.layer].v)]
+            for s in self.sites
+        }
+        expose(
+            graph, [*{name for names in inputs.values() for name in names}, *(s.values["output"] for s in self.sites)]
+        )
+        expose_selections(graph, self.sites)
+        outputs = run_onnx(graph, self.folder, self.probe.feed(graph))
+        twin: TokenSparseTwin = self._selecting().twin(None, next(r for r in self.results if sites_of([r])))
+        chosen = read_selections(self.sites, outputs)
+        left, right, own = {}, {}, {}
+        for site in self.sites:
+            layer = site.layer
+            forced = (chosen[layer]["index"], chosen[layer]["count"])
+            scale = blocks[layer].scale
+            q, k, v = (outputs[name] for name in inputs[layer])
+            out, own[layer] = twin.site(q, k, v, self.probe.lengths, scale, forced)
+            left[f"layer {layer}"], right[f"layer {layer}"] = outputs[site.values["output"]], out
+        free = disagreement(chosen, own, self.probe.lengths, self.protected)
+        gap = difference(left, right, ATOL, RTOL)
+        return self._judge(gap, free, self._pruned(), "each site against its reference (there is no torch model)")
 
     def engine(self, target: str) -> Check:
         """C = E: the rewritten graph and the lowered prefill graph with C's selections forced; its free choices; the cache
@@ -305,11 +353,15 @@ class Ladder:
         pruned: float | None = None,
     ) -> Check:
         gap = difference(_main(left) | {k: v for k, v in left.items() if k in right}, right, ATOL, RTOL)
+        return self._judge(gap, free, pruned)
+
+    def _judge(self, gap: Difference, free: Disagreement | None, pruned: float | None, note: str = "") -> Check:
         check = Check(
             status="passed" if gap.ok else "failed",
             max_abs=gap.max_abs,
             max_rel=gap.max_rel,
             tolerance=f"atol {ATOL:g}, rtol {RTOL:g}, {'x'.join(map(str, self.probe.input_ids.shape))} tokens",
+            reason=note,
         )
         if not gap.ok:
             check.reason = f"outputs differ by {gap.max_abs:.2e}"

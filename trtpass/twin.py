@@ -103,6 +103,23 @@ class TokenSparseTwin:
             AttentionInterface._global_mapping.pop(key)
         return TorchRun(hidden.numpy(), logits.numpy(), selections)
 
+    def site(
+        self,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        lengths: np.ndarray,
+        scaling: float,
+        forced: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """One sparse site alone: ``q [B, H, S, D]``, k, v to ``out [B, H, S, Dv]`` and its own selection."""
+        import torch
+
+        q_, k_, v_, rows = (torch.from_numpy(np.ascontiguousarray(a)) for a in (q, k, v, lengths))
+        given = None if forced is None else tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in forced)
+        out, chosen = self._sparse(q_, k_, v_, rows, scaling, given)
+        return out.numpy(), chosen
+
     def _sparse(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scaling: float, given: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, dict[str, np.ndarray]]:

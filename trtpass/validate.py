@@ -74,7 +74,7 @@ def validate(folder: Path, model: str | None = None, report: Report = silent) ->
     dense = io.load(folder / DENSE)
     rewritten = dense.clone()
     results = passes.run(rewritten, steps)
-    ladder = Ladder(folder, dense, rewritten, steps, results, probe_for(loaded, dense, steps), loaded.module)
+    ladder = Ladder(folder, dense, rewritten, steps, results, probe_for(loaded, dense, steps), loaded.module, loaded.onnx)
     manifest.checks = check_ladder(ladder, manifest.target, report)
     temporary = folder / ".manifest.json"
     temporary.write_text(manifest.model_dump_json(indent=2) + "\n")
