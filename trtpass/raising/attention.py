@@ -10,7 +10,7 @@ from trtpass.ir import const_ints, const_scalar, dims, int_attr, is_op, make_nod
 
 def raise_causal(graph: ir.Graph) -> tuple[int, list[str]]:
     """Drop each mask that is proved causal and set ``is_causal``; a mask shared by all layers is proved once."""
-    applied, near, proofs = 0, [], dict[tuple[int, str], str]()
+    applied, near, proofs = 0, [], dict[tuple[int, int | str], str]()
     for node in graph:
         if not is_op(node, "Attention") or len(node.inputs) < 4 or (mask := node.inputs[3]) is None:
             continue
@@ -24,9 +24,10 @@ def raise_causal(graph: ir.Graph) -> tuple[int, list[str]]:
         if lengths[0] is None or lengths[0] != lengths[1]:
             near.append(f"Attention '{node.name}': query and key lengths {lengths} are not known to be equal")
             continue
-        proof = (id(mask), str(lengths[0]))
+        length = lengths[0] if isinstance(lengths[0], int) else str(lengths[0].value)
+        proof = (id(mask), length)
         if proof not in proofs:
-            proofs[proof] = prove_causal(mask, lengths[0])
+            proofs[proof] = prove_causal(mask, length)
         if reason := proofs[proof]:
             near.append(f"Attention '{node.name}': {reason}")
             continue
