@@ -63,13 +63,18 @@ def difference(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray], 
     """Compare outputs of the same names with Polygraphy; elementwise ``|l - r| <= atol + rtol |r|``, NaN never passes.
 
     Raises:
-        InputError: the two sides do not have the same outputs.
+        InputError: the two sides do not have the same outputs, or outputs of other shapes.
     """
     from polygraphy.comparator import CompareFunc, IterationResult
     from polygraphy.logger import G_LOGGER
 
     if set(left) != set(right):
         raise InputError(f"outputs {sorted(left)} are compared with {sorted(right)}")
+    for name in left:
+        if left[name].shape != right[name].shape:
+            raise InputError(
+                f"output '{name}' has shape {left[name].shape} on one side and {right[name].shape} on the other"
+            )
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         compare = CompareFunc.simple(atol=atol, rtol=rtol, check_error_stat="elemwise", fail_fast=False)
         outcome = compare(
@@ -78,10 +83,11 @@ def difference(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray], 
     ok = all(bool(result) for result in outcome.values())
     worst, relative = 0.0, 0.0
     for name in left:
+        if not (np.isfinite(left[name]).all() and np.isfinite(right[name]).all()):
+            return Difference(False, float("inf"), float("inf"))
         gap = float(np.max(np.abs(left[name].astype(np.float64) - right[name]), initial=0.0))
         scale = float(np.max(np.abs(right[name]), initial=0.0)) or 1.0
         worst, relative = max(worst, gap), max(relative, gap / scale)
-        ok = ok and bool(np.isfinite(left[name]).all() and np.isfinite(right[name]).all())
     return Difference(ok, worst, relative)
 
 
@@ -153,7 +159,7 @@ def disagreement(
                 if differs.size and chosen.size:
                     cut = float(score[chosen].min())
                     gap = float(np.max(np.abs(score[differs] - cut))) / max(cut, 1e-30)
-                    found.worst = max(found.worst, gap)
+                    found.worst = max(found.worst, gap) if np.isfinite(gap) else float("inf")
                 elif differs.size:
                     found.worst = float("inf")
         found.kept[layer] = float(np.mean(mine["count"] / lengths[:, None]))
@@ -364,7 +370,8 @@ class Ladder:
             reason=note,
         )
         if not gap.ok:
-            check.reason = f"outputs differ by {gap.max_abs:.2e}"
+            finite = np.isfinite(gap.max_abs)
+            check.reason = f"outputs differ by {gap.max_abs:.2e}" if finite else "outputs hold NaN or infinity"
         if free is not None:
             check.flipped = free.share
             check.tolerance += f", free choices within {MARGIN:g} of the cut"
