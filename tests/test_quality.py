@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 import string
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import save_tiny
 
+from graphs import resolve
 from trtpass import io, passes
 from trtpass.build import Request, build
+from trtpass.calibrate import read_drift
+from trtpass.canonicalize import canonicalize
+from trtpass.corpus import text_corpus
 from trtpass.errors import CheckFailed, InputError
-from trtpass.manifest import Manifest
+from trtpass.layers import carry_drift
+from trtpass.manifest import Check, Checks, Manifest, PassRecord, artifact, versions
+from trtpass.passes.cache import insert_cache
+from trtpass.passes.lower import lower
 from trtpass.quality import measure, render
 from trtpass.quality.local_error import Heads, local_error
 from trtpass.quality.measure import measure_plan
@@ -22,6 +31,7 @@ from trtpass.quality.plan import FULL, Plan, spread
 from trtpass.quality.sides import Decode, Prefill, activations, log_softmax_at
 from trtpass.quality.tasks import continuations, passkeys
 from trtpass.runtime import Engine
+from trtpass.text import Tokenizer
 
 PASS = "token-sparse:coverage=0.3,min_tokens=16,window=8"
 PLAN = Plan(
@@ -251,15 +261,74 @@ def test_what_cannot_be_measured_is_refused(engine: Path, text: Path, tmp_path: 
         measure_plan(engine, PLAN, text=text)
 
 
-def selections(source: object, ids: list[int], sites: dict[str, str], threads: int) -> dict[str, np.ndarray]:
-    named = Engine.open(source, threads=threads).run_named([ids], list(sites.values()))  # type: ignore[arg-type]
-    return {role: named[name] for role, name in sites.items()}
+def chosen(source: Any, ids: list[int], layers: Sequence[int], threads: int) -> dict[str, np.ndarray]:
+    """Index and count of every selection of a prefill."""
+    names = [f"layer{n}.token_sparse.{role}" for n in layers for role in ("index", "count")]
+    return {n: v for n, v in Engine.open(source, threads=threads).run_named([ids], names).items() if n != "logits"}
+
+
+def assert_same_sets(source: Any, ids: list[int], layers: Sequence[int]) -> None:
+    one, two, again = (chosen(source, ids, layers, threads) for threads in (1, 2, 2))
+    for layer in layers:
+        assert (one[f"layer{layer}.token_sparse.count"] < len(ids)).any(), f"layer {layer} dropped nothing"
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name], name)
+        np.testing.assert_array_equal(two[name], again[name], name)
 
 
 def test_sets_do_not_depend_on_threads(engine: Path) -> None:
-    sites = {f"{n}.{role}": f"layer{n}.token_sparse.{role}" for n in (0, 1) for role in ("index", "count")}
-    ids = np.random.default_rng(3).integers(1, 100, 300).tolist()
-    one, two, again = (selections(engine, ids, sites, threads) for threads in (1, 2, 2))
-    assert (one["0.count"] < 300).all()
-    for name in sites:
-        assert (one[name] == two[name]).all() and (one[name] == again[name]).all()
+    assert_same_sets(engine, np.random.default_rng(3).integers(1, 100, 300).tolist(), (0, 1))
+
+
+@pytest.fixture(scope="module")
+def real(smollm2: Any, smollm2_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What quality needs of an engine of SmolLM2: the dense graph, weights, tokenizer and manifest, without its checks."""
+    folder = tmp_path_factory.mktemp("smollm2-engine")
+    model = io.load(smollm2_onnx)
+    canonicalize(model)
+    carry_drift(model, read_drift(resolve("smollm2-135m")) or [])
+    io.save(model, folder / "dense.onnx", weights="weights.bin")
+    smollm2.tokenizer.save_pretrained(folder)
+    step = passes.parse("token-sparse:coverage=0.005")
+    result = step(model)
+    unchecked = Check.not_run("not built")
+    Manifest(
+        model="smollm2-135m", origin="smollm2-135m", target="cpu", sm=[], context=smollm2.context,
+        passes=[PassRecord(name=step.name, options=step.describe(), sites=len(result.sites),
+                           layers=[site.layer for site in result.sites])],
+        artifacts=[artifact(folder, folder / "weights.bin")], versions=versions(), seconds=0, peak_memory_bytes=0,
+        checks=Checks(export=unchecked, rewrite=unchecked, engine=unchecked),
+    ).write(folder)  # fmt: skip
+    return folder
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_sets_of_smollm2_do_not_depend_on_threads(real: Path) -> None:
+    dense = io.load(real / "dense.onnx")
+    rewritten = dense.clone()
+    layers = [site.layer for site in passes.parse("token-sparse:coverage=0.005")(rewritten).sites]
+    graphs = {
+        phase: lower(insert_cache(g, phase), "cpu").model for phase, g in (("prefill", rewritten), ("decode", dense))
+    }
+    assert_same_sets(graphs, Tokenizer.open(real).encode(text_corpus()[50_000:60_000], special=False)[:1500], layers)
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_short_form_on_smollm2(real: Path) -> None:
+    result = measure(real, short=True)
+    dense, mild, strong = result["settings"]
+    assert [row["name"] for row in result["settings"]] == ["dense", "coverage 0.005", "coverage 0.02"]
+    assert dense["passkey"]["1000"]["exact"] == dense["passkey"]["2000"]["exact"] == 1  # the model can do the task
+    assert dense["passkey"]["1000"]["mean"] == pytest.approx(
+        mild["passkey"]["1000"]["mean"], abs=1e-3
+    )  # dense below 1152
+    assert -5 < dense["text"]["2048"]["mean"] < -2 and -1 < strong["text"]["2048"]["change"] < 0.1
+    assert len(result["layers"]["used"]) == 15 and "drift:0.5" in result["layers"]["rule"]
+    for layer, share in strong["kept"]["text 2048"].items():
+        assert 0.3 < share < mild["kept"]["text 2048"][layer] < 1
+    for row in result["local_error"]["layers"]:
+        assert 0 < row["mass"][0] < 0.1 and all(m <= b + 1e-4 for m, b in zip(row["moved"], row["bound"], strict=True))
+    quality = Manifest.read(real).quality
+    assert quality is not None and quality.rewritten - quality.dense == pytest.approx(mild["text"]["2048"]["change"])

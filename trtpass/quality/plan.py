@@ -54,14 +54,14 @@ class Plan:
 
 FULL = Plan(
     coverages=(0.0, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05),
-    passkey=((1000, 5), (2000, 5), (4000, 5), (7000, 3)),
-    documents=((2048, 8), (4096, 5), (7500, 3)),
+    passkey=((1000, 3), (2000, 5), (4000, 3), (7000, 2)),
+    documents=((2048, 6), (4096, 4), (7500, 2)),
 )
 SHORT = Plan(
     coverages=(0.02,),
-    passkey=((1000, 1), (2000, 2)),
+    passkey=((1000, 1), (2000, 1)),
     documents=((2048, 2),),
-    bound_tokens=1536,
+    bound_tokens=1280,
     compare=False,
 )
 

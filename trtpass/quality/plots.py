@@ -86,10 +86,14 @@ def layers(result: dict[str, Any]) -> bytes:
         axes[1].plot(names, [r[key][0] for r in local["layers"]], label=f"{label}: median", **style)
         axes[1].plot(names, [r[key][2] for r in local["layers"]], linestyle=":", label="99%", **style)
     axes[1].set_yscale("symlog", linthresh=1e-4)
-    axes[1].set(xlabel="layer", title=f"Local error of kept queries, {local['tokens']} tokens")
+    axes[1].set(
+        xlabel="layer",
+        ylabel="over heads and kept queries",
+        title=f"Local error of kept queries, {local['tokens']} tokens",
+    )
     for axis in axes:
         axis.tick_params(axis="x", labelsize=8)
-        _finish(axis)
+        _finish(axis, below=True)
     return _png(figure)
 
 
@@ -110,11 +114,12 @@ def _style(i: int) -> dict[str, Any]:
     return {"color": _COLOURS[i % 4], "marker": _MARKERS[i % 4], "markersize": 5, "linewidth": 1.5}
 
 
-def _finish(axis: Axes) -> None:
+def _finish(axis: Axes, below: bool = False) -> None:
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8, frameon=False)
+        place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 3} if below else {}
+        axis.legend(fontsize=8, frameon=False, **place)
 
 
 def _png(figure: Figure) -> bytes:

@@ -5,12 +5,13 @@ Graphs are made in memory from the engine's ``dense.onnx``; weights stay in its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 
 from trtpass import passes
 from trtpass.anchors import find
@@ -27,7 +28,7 @@ CPU = provider_name("cpu")
 
 @dataclass
 class Prefilled:
-    """A prompt that was read.
+    """A prompt that was read; the next prompt of the same `Prefill` may overwrite its cache.
 
     Attributes:
         length: tokens of the prompt.
@@ -48,35 +49,28 @@ class Prefill:
     def __init__(self, dense: ir.Model, pipeline: Sequence[Pass], target: str, threads: int | None = None) -> None:
         rewritten = dense.clone()
         self.sites: tuple[Site, ...] = sites_of(passes.run(rewritten, pipeline))
-        counts = tuple(site.values["count"] for site in self.sites)
+        self._counts = tuple(site.values["count"] for site in self.sites)
         lowered = lower(insert_cache(rewritten, "prefill"), target).model
-        self._session = open_session(lowered, CPU, threads, counts)
-        self._zeros: dict[str, Any] = {}
+        self._session = open_session(lowered, CPU, threads, self._counts)
+        self._cache: dict[str, Any] = {}
 
     def run(self, ids: np.ndarray, room: int) -> Prefilled:
         """Read ``ids [S]`` int64 into a cache that has ``room`` slots more."""
-        length = len(ids)
-        feeds = {"input_ids": _value(ids[None]), "lengths": _value(np.array([length], np.int32))}
-        feeds.update(self._empty(length + room))
-        caches = [name.replace("past.", "present.", 1) for name in self._zeros]
-        names = ["logits", *(site.values["count"] for site in self.sites), *caches]
-        made = dict(zip(names, self._session.run_with_ort_values(names, feeds), strict=True))
-        return Prefilled(
-            length,
-            made["logits"].numpy()[0, -1],
-            {past: made[present] for past, present in zip(self._zeros, caches, strict=True)},
-            {site.layer: made[site.values["count"]].numpy()[0] / length for site in self.sites},
-        )
+        length, cache = len(ids), self._slots(len(ids) + room)
+        feeds = {"input_ids": ids[None], "lengths": np.array([length], np.int32)}
+        logits, *counts = _run(self._session, feeds, cache, ("logits", *self._counts))
+        kept = {site.layer: count[0] / length for site, count in zip(self.sites, counts, strict=True)}
+        return Prefilled(length, logits[0, -1], cache, kept)
 
-    def _empty(self, capacity: int) -> dict[str, Any]:
-        """Zeros for every past input, kept for the next call of the same capacity: a prefill does not write them."""
-        if next((v.shape()[2] for v in self._zeros.values()), None) != capacity:
-            self._zeros = {
-                item.name: _value(np.zeros((1, item.shape[1], capacity, item.shape[3]), dtype_of(item.type)))
-                for item in self._session.get_inputs()
-                if item.name.startswith("past.")
-            }
-        return self._zeros
+    def _slots(self, capacity: int) -> dict[str, Any]:
+        """A cache of ``capacity`` slots; one of that size is used again: what it holds beyond a prompt is masked."""
+        if next((v.shape()[2] for v in self._cache.values()), None) != capacity:
+            self._cache.clear()  # before the new one is allocated: it may be hundreds of megabytes
+            for item in self._session.get_inputs():
+                if item.name.startswith("past."):
+                    slots = np.zeros((1, item.shape[1], capacity, item.shape[3]), dtype_of(item.type))
+                    self._cache[item.name] = ort.OrtValue.ortvalue_from_numpy(slots)
+        return dict(self._cache)
 
 
 class Decode:
@@ -87,18 +81,30 @@ class Decode:
 
     def log_probabilities(self, read: Prefilled, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Teacher-forced: ``log p [T]`` of each token of ``target [T]`` given all before it, and whether it is the
-        greedy choice ``[T]`` bool. Greedy decoding gives exactly ``target`` iff all are."""
+        greedy choice ``[T]`` bool. Greedy decoding gives exactly ``target`` iff all are. Writes into the cache."""
         logits = read.logits[None]
         if len(target) > 1:
-            feeds = {
-                "input_ids": _value(target[None, :-1]),
-                "lengths": _value(np.array([len(target) - 1], np.int32)),
-                "past_lengths": _value(np.array([read.length], np.int32)),
-                **read.cache,
-            }
-            (more,) = self._session.run_with_ort_values(["logits"], feeds)
-            logits = np.concatenate([logits, more.numpy()[0]])
+            lengths = {"lengths": len(target) - 1, "past_lengths": read.length}
+            feeds = {"input_ids": target[None, :-1], **{k: np.array([n], np.int32) for k, n in lengths.items()}}
+            (more,) = _run(self._session, feeds, read.cache, ("logits",))
+            logits = np.concatenate([logits, more[0]])
         return log_softmax_at(logits, target), logits.argmax(-1) == target
+
+
+def _run(
+    session: Any, feeds: Mapping[str, np.ndarray], cache: Mapping[str, Any], names: tuple[str, ...]
+) -> list[np.ndarray]:
+    """The named outputs of one call, with every cache bound as past and present: it is written in place."""
+    binding = session.io_binding()
+    for name, array in feeds.items():
+        binding.bind_cpu_input(name, np.ascontiguousarray(array))
+    for name, value in cache.items():
+        binding.bind_ortvalue_input(name, value)
+        binding.bind_ortvalue_output(name.replace("past.", "present.", 1), value)
+    for name in names:
+        binding.bind_output(name, "cpu")
+    session.run_with_iobinding(binding)
+    return [np.array(value.numpy()) for value in binding.get_outputs()[-len(names) :]]  # in the order of binding
 
 
 def log_softmax_at(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -130,9 +136,3 @@ def activations(dense: ir.Model, pipeline: Sequence[Pass], ids: np.ndarray) -> d
         sets = [np.asarray(row[:n]) for row, n in zip(made[index][0], made[count][0], strict=True)]
         found[layer] = Heads(made[q][0], made[k][0], made[v][0], sets, float(blocks[layer].scale))
     return found
-
-
-def _value(array: np.ndarray) -> Any:
-    import onnxruntime as ort
-
-    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))

@@ -23,15 +23,16 @@ def render(result: dict[str, Any]) -> Group:
     """Tables for a terminal."""
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text  # plain: brackets in a cell are not markup
 
-    parts: list[Any] = [*facts(result), ""]
+    parts: list[Any] = [*map(Text, facts(result)), ""]
     for grid in grids(result):
-        table = Table(*grid.header, title=grid.title, title_justify="left", title_style="bold", pad_edge=False)
+        table = Table(*grid.header, pad_edge=False)
         for column in table.columns[1:]:
             column.justify = "right"
         for row in grid.rows:
-            table.add_row(*row)
-        parts += [table, grid.note, ""]
+            table.add_row(*map(Text, row))
+        parts += [Text(grid.title, style="bold"), table, Text(grid.note), ""]
     return Group(*parts)
 
 
