@@ -25,10 +25,10 @@ from trtpass.passes.lower import lower
 from trtpass.twin import TokenSparseTwin, TorchRun, run_dense
 from trtpass.variants import SELECTION, expose, expose_hidden, expose_selections, feeds, force_selections, sites_of
 
-# float32 on both sides, 30 layers: rounding differs by operator order only. Hidden states reach a few hundred in magnitude
-# (a handful of massive activations), so the relative part carries most of the bound there.
+# float32 on both sides, 30 layers: rounding differs by operator order only. Hidden states reach a few hundred in
+# magnitude (a handful of massive activations), so the relative part carries most of the bound there.
 ATOL, RTOL = 2e-3, 2e-3
-# A score is a sum of W softmax terms; inputs that differ by 1e-5 move it by about 1e-4 of itself, ten times less than this.
+# A score is a sum of W softmax terms; inputs that differ by 1e-5 move it by about 1e-4 of itself: far less than this.
 MARGIN = 1e-2
 
 
@@ -52,11 +52,16 @@ class Probe:
 
 @dataclass
 class Difference:
-    """Outcome of one numeric comparison; ``max_rel`` is the largest difference over the largest magnitude."""
+    """Outcome of one numeric comparison; ``max_rel`` is the largest difference over the largest magnitude, and both are
+    None where a side holds NaN or infinity."""
 
     ok: bool
-    max_abs: float
-    max_rel: float
+    max_abs: float | None
+    max_rel: float | None
+
+    @property
+    def words(self) -> str:
+        return "outputs hold NaN or infinity" if self.max_abs is None else f"outputs differ by {self.max_abs:.2e}"
 
 
 def difference(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray], atol: float, rtol: float) -> Difference:
@@ -84,7 +89,7 @@ def difference(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray], 
     worst, relative = 0.0, 0.0
     for name in left:
         if not (np.isfinite(left[name]).all() and np.isfinite(right[name]).all()):
-            return Difference(False, float("inf"), float("inf"))
+            return Difference(False, None, None)
         gap = float(np.max(np.abs(left[name].astype(np.float64) - right[name]), initial=0.0))
         scale = float(np.max(np.abs(right[name]), initial=0.0)) or 1.0
         worst, relative = max(worst, gap), max(relative, gap / scale)
@@ -141,7 +146,7 @@ def disagreement(
     lengths: np.ndarray,
     protected: int,
 ) -> Disagreement:
-    """Compare selections by layer; scores and the cut are the right side's. ``protected``: last positions always kept."""
+    """Compare selections by layer; scores and cut are the right side's. ``protected``: last positions, always kept."""
     found = Disagreement()
     for layer, mine in right.items():
         other = left[layer]
@@ -275,8 +280,8 @@ class Ladder:
         return self._judge(gap, free, self._pruned(), "each site against its reference (there is no torch model)")
 
     def engine(self, target: str) -> Check:
-        """C = E: the rewritten graph and the lowered prefill graph with C's selections forced; its free choices; the cache
-        that it writes; and one dense pass through the decode graph."""
+        """C = E: the rewritten graph and the lowered prefill graph with C's selections forced; its free choices; the
+        cache that it writes; and one dense pass through the decode graph."""
         reference = self.rewritten.clone()
         hidden = expose_hidden(reference)
         LastLogits()(reference)
@@ -316,9 +321,10 @@ class Ladder:
         gap = difference(
             {"logits": run_onnx(decode, self.folder, feed)["logits"]}, {"logits": expected["logits"]}, ATOL, RTOL
         )
-        check.max_abs, check.max_rel = max(check.max_abs or 0, gap.max_abs), max(check.max_rel or 0, gap.max_rel)
+        check.max_abs = max(check.max_abs or 0.0, gap.max_abs or 0.0)
+        check.max_rel = max(check.max_rel or 0.0, gap.max_rel or 0.0)
         if not gap.ok:
-            check.status, check.reason = "failed", f"decode graph differs from the dense model by {gap.max_abs:.2e}"
+            check.status, check.reason = "failed", f"decode graph and dense model: {gap.words}"
         return check
 
     def _selecting(self) -> Pass:
@@ -370,8 +376,7 @@ class Ladder:
             reason=note,
         )
         if not gap.ok:
-            finite = np.isfinite(gap.max_abs)
-            check.reason = f"outputs differ by {gap.max_abs:.2e}" if finite else "outputs hold NaN or infinity"
+            check.reason = gap.words
         if free is not None:
             check.flipped = free.share
             check.tolerance += f", free choices within {MARGIN:g} of the cut"
