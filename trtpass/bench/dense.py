@@ -92,7 +92,8 @@ def baseline_call(
         "q_flat": q, "k_flat": k, "v_flat": v,
         "seqlens": np.full(batch, tokens - 1, np.int32), "total": np.array(tokens, np.int32), **(extra or {}),
     }  # fmt: skip
-    made = {"out": out, **(outputs or {})}
+    split = next(item.shape for item in graph.session.get_outputs() if item.name == "out")
+    made = {"out": out if len(split) == 3 else out.reshape(batch, tokens, h.heads, h.width), **(outputs or {})}
     if cached:
         for role in ("key", "value"):
             # zeros, not NaN: past and present are one buffer, and a kernel may read a slot before it is written

@@ -53,23 +53,26 @@ def parse(text: str) -> ir.Model:
         raise InputError(f"a benchmark's graph does not parse: {error}") from error
 
 
-def _ports(h: Heads) -> tuple[str, str]:
-    """Inputs and outputs that all layers share."""
+def _ports(h: Heads, flat: bool) -> tuple[str, str]:
+    """Inputs and outputs that all layers share; out is ``[B, S, H*D]`` or, the same memory, ``[B, S, H, D]``.
+
+    The form that the last node makes is taken: a Reshape into a buffer of the caller would be a copy.
+    """
     wide, narrow = h.heads * h.width, h.kv_heads * h.width
     cache = f"float[batch,{h.kv_heads},capacity,{h.width}]"
     inputs = (
         f"float[batch,tokens,{wide}] q_flat, float[batch,tokens,{narrow}] k_flat, float[batch,tokens,{narrow}] v_flat, "
         f"{cache} past_key, {cache} past_value"
     )
-    return inputs, f"float[batch,tokens,{wide}] out, {cache} present_key, {cache} present_value"
+    merged = f"{wide}" if flat else f"{h.heads},{h.width}"
+    return inputs, f"float[batch,tokens,{merged}] out, {cache} present_key, {cache} present_value"
 
 
 def _around(h: Heads, body: str) -> str:
-    """Split heads, write the cache, ``body`` from q, k, v ``[B, N, S, D]`` to ``attended``, merge heads."""
+    """Split heads, write the cache, ``body`` from q, k, v ``[B, N, S, D]`` to ``attended``; out ``[B, S, H, D]``."""
     return f"""
     split_q = Constant<value_ints=[0,0,{h.heads},{h.width}]>()
     split_k = Constant<value_ints=[0,0,{h.kv_heads},{h.width}]>()
-    merge = Constant<value_ints=[0,0,{h.heads * h.width}]>()
     q_split = Reshape(q_flat, split_q)
     k_split = Reshape(k_flat, split_k)
     v_split = Reshape(v_flat, split_k)
@@ -81,20 +84,19 @@ def _around(h: Heads, body: str) -> str:
     present_key = TensorScatter<axis=2>(past_key, k, start)
     present_value = TensorScatter<axis=2>(past_value, v, start)
     {body}
-    attended_split = Transpose<perm=[0,2,1,3]>(attended)
-    out = Reshape(attended_split, merge)
+    out = Transpose<perm=[0,2,1,3]>(attended)
     """
 
 
 def dense(h: Heads) -> ir.Model:
     """Canonical causal attention."""
-    inputs, outputs = _ports(h)
+    inputs, outputs = _ports(h, flat=False)
     return parse(f"dense ({inputs}) => ({outputs}) {{{_around(h, 'attended = Attention<is_causal=1>(q, k, v)')}}}")
 
 
 def contrib(h: Heads) -> ir.Model:
     """``com.microsoft::GroupQueryAttention``, past and present to be bound to one buffer: the dense baseline."""
-    inputs, outputs = _ports(h)
+    inputs, outputs = _ports(h, flat=True)
     body = f"com.microsoft.GroupQueryAttention<num_heads={h.heads},kv_num_heads={h.kv_heads}>"
     return parse(
         f"contrib ({inputs}, int32[batch] seqlens, int32 total) => ({outputs}) {{"
@@ -104,7 +106,7 @@ def contrib(h: Heads) -> ir.Model:
 
 def multi_head(h: Heads) -> ir.Model:
     """``com.microsoft::MultiHeadAttention``; it has no groups, so K and V are expanded to H heads first (no cache)."""
-    inputs, outputs = _ports(h)
+    inputs, outputs = _ports(h, flat=True)
     body = f"""
     split_k = Constant<value_ints=[0,0,{h.kv_heads},1,{h.width}]>()
     grouped = Constant<value_ints=[1,1,1,{h.group},1]>()
@@ -126,7 +128,7 @@ def sparse(h: Heads, select: str, scoring: bool = True) -> ir.Model:
     With scoring: inputs ``lengths [B]`` and ``forced [B]`` (tokens to keep; 0 leaves it to the budget); outputs also
     ``keep``, ``index``, ``count``. Without: ``index [B, N, C]`` and ``count [B, N]`` are inputs.
     """
-    inputs, outputs = _ports(h)
+    inputs, outputs = _ports(h, flat=False)
     sets = h.sets(select)
     attend = "attended = trtpass.TokenSparseAttention<scale=0.0>(q, k, v, index, count)"
     if not scoring:
@@ -135,7 +137,8 @@ def sparse(h: Heads, select: str, scoring: bool = True) -> ir.Model:
     text = _around(h, choosing(h, select) + attend)
     return parse(
         f"sparse ({inputs}, int32[batch] lengths, int32[batch] forced) => "
-        f"({outputs}, float[batch,{h.heads},tokens] mass, int32[batch] keep, int32[batch,{sets},tokens] index, int32[batch,{sets}] count) {{{text}}}"
+        f"({outputs}, float[batch,{h.heads},tokens] mass, "
+        f"int32[batch] keep, int32[batch,{sets},tokens] index, int32[batch,{sets}] count) {{{text}}}"
     )
 
 

@@ -77,9 +77,9 @@ def run(
             sparse_share = share * len(sites) / len(blocks)
             params = {
                 "tokens": tokens, "batch": 1, "threads": machine.threads, "window": window, "keep": fraction,
-                "kept": round(float(np.mean(kept[fraction])) / tokens, 4), "scoring": True, "attention": round(share, 4),
-                "sparse layers": f"{len(sites)}/{len(blocks)}", "select": step.options.select,
-                "model": folder.parent.name,
+                "kept": round(float(np.mean(kept[fraction])) / tokens, 4), "scoring": True,
+                "attention": round(share, 4), "sparse layers": f"{len(sites)}/{len(blocks)}",
+                "select": step.options.select, "model": folder.parent.name,
             }  # fmt: skip
             limit = 1 / (1 - sparse_share + sparse_share * left)
             records.append(timed("tsa.prefill", params, BASELINE, seconds[line], seconds[0], limit, machine.as_dict()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -114,8 +115,8 @@ def _crossing(points: list[tuple[int, float]]) -> str:
         return f"pays at {points[0][0]} tokens already, the shortest measured"
     for (short, low), (long, high) in itertools.pairwise(points):
         if low < 1 <= high:
-            at = short * (long / short) ** ((1 - low) / (high - low))
-            return f"pays from about {round(at, -2):.0f} tokens"
+            at = short * (long / short) ** (math.log(low) / math.log(low / high))
+            return f"pays from about {round(at, -1):.0f} tokens"
     return f"does not pay up to {points[-1][0]} tokens"
 
 

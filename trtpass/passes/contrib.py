@@ -22,6 +22,7 @@ from onnx_ir.passes import common
 
 from trtpass.ir import const_ints, constant, dims, float_attr, int_attr, is_op, make_node
 from trtpass.op import DOMAIN
+from trtpass.passes.transposes import take_place
 
 CONTRIB = "com.microsoft"
 _TO_BSHD = [0, 2, 1, 3]
@@ -296,7 +297,7 @@ def _unflatten(node: ir.Node, flat: ir.Value, site: _Site, main: ir.Graph) -> No
     graph.insert_before(node, split)
     for user in list(old.consumers()):
         if _untransposed(user.outputs[0]) is old:  # the next Reshape to [B, S, H*D] moves nothing either
-            ir.convenience.replace_all_uses_with(user.outputs[0], split.outputs[0], replace_graph_outputs=True)
+            take_place(user.outputs[0], split.outputs[0])
     back = make_node(
         "Transpose", [split.outputs[0]],
         [(f"{node.name}.bhsd", flat.dtype, [shape[0], site.heads, shape[1], site.head_dim])], {"perm": _TO_BSHD},

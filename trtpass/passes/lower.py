@@ -16,6 +16,7 @@ from trtpass.errors import InputError
 from trtpass.ir import check, tidy
 from trtpass.op import DOMAIN
 from trtpass.passes.contrib import attention_to_contrib
+from trtpass.passes.transposes import swap_in_branches, swap_indices
 
 TARGETS = ("portable", "cpu")
 ORIGIN, SITE = "trtpass.op", "trtpass.site"  # metadata of an inlined node: the operator and the node that it came from
@@ -53,7 +54,9 @@ def lower(model: ir.Model, target: str) -> Lowered:
     copy = model.clone()
     decisions = inline_bodies(copy, "dynamic")
     if target == "cpu":
+        swap_in_branches(copy)
         decisions += [Decision(*choice) for choice in attention_to_contrib(copy)]
+        swap_indices(copy)
     else:
         decisions += [
             Decision(str(n.name), "Attention", "portable: standard operators only")
