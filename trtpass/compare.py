@@ -225,9 +225,7 @@ class Ladder:
         gap = difference({"logits": run_onnx(self.dense, self.folder, feed)[name]}, {"logits": left[name]}, ATOL, RTOL)
         return Check(
             status="passed" if gap.ok else "failed",
-            reason="the given ONNX file = raised ONNX (there is no torch model)"
-            if gap.ok
-            else f"outputs differ by {gap.max_abs:.2e}",
+            reason="the given ONNX file = raised ONNX (there is no torch model)" if gap.ok else gap.words,
             max_abs=gap.max_abs,
             max_rel=gap.max_rel,
             tolerance=f"atol {ATOL:g}, rtol {RTOL:g}, 2x{count} tokens",
@@ -381,7 +379,8 @@ class Ladder:
             check.flipped = free.share
             check.tolerance += f", free choices within {MARGIN:g} of the cut"
             if free.worst > MARGIN:
-                check.status, check.reason = "failed", f"a flipped token lies {free.worst:.2e} from the cut"
+                flip = f"a flipped token lies {free.worst:.2e} from the cut"
+                check.status, check.reason = "failed", f"{check.reason}; {flip}" if check.reason else flip
         if pruned is not None and pruned <= 0 and check.status == "passed":
             check.status, check.reason = (
                 "not_run",
