@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,12 @@ class TestMeasure:
         assert seconds.shape == (2, 2) and (seconds > 0).all()
         assert [text[0] for text in seen] == ["A", "B"] * 12
         assert all(a[1] != b[1] for a, b in itertools.pairwise(seen))  # never the same buffers one after the other
+
+    def test_the_clock_of_the_process_is_for_one_thread(self) -> None:
+        with pytest.raises(InputError, match="cpu with one thread"):
+            measure.describe(2, "cpu")
+        seconds = measure.interleave([[lambda: time.sleep(0.05)]], 1, "cpu")
+        assert 0 <= seconds[0, 0] < 0.04
 
     def test_unequal_sides_are_refused(self) -> None:
         with pytest.raises(InputError, match="equally many"):
@@ -209,12 +216,12 @@ class TestRequests:
 
     def test_prefill_without_an_engine(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(measure, "describe", lambda _threads: MACHINE)
+        monkeypatch.setattr(measure, "describe", lambda _threads, _clock: MACHINE)
         with pytest.raises(InputError, match="make engine"):
             bench.run(["tsa.prefill"])
 
     def test_a_folder_that_is_no_engine(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(measure, "describe", lambda _threads: MACHINE)
+        monkeypatch.setattr(measure, "describe", lambda _threads, _clock: MACHINE)
         with pytest.raises(InputError, match=r"dense\.onnx"):
             bench.run(["tsa.prefill"], engine=tmp_path)
 
@@ -222,7 +229,7 @@ class TestRequests:
         from trtpass.cli import app
 
         monkeypatch.chdir(tmp_path)  # no engine: noise, said so
-        monkeypatch.setattr(measure, "matmul_peak", lambda _threads: 1.0)
+        monkeypatch.setattr(measure, "matmul_peak", lambda _threads, _clock: 1.0)
         monkeypatch.setattr(sparse, "sets_for", lambda _size: 2)
         command = ["bench", "tsa.overhead", "--tokens", "300", "--repeats", "1", "--threads", "1", "--json"]
         result = CliRunner().invoke(app, command)

@@ -230,7 +230,8 @@ def bench_command(
     tokens: Annotated[str, typer.Option(help="Lengths, such as 2048,4096,8192.")] = "2048,4096,8192",
     threads: Annotated[int | None, typer.Option(help="Threads; default: all cores.")] = None,
     repeats: Annotated[int, typer.Option(help="Interleaved repeats of each side.")] = 7,
-    engine: Annotated[Path | None, typer.Option(help="Engine folder for whole-model benchmarks.")] = None,
+    engine: Annotated[Path | None, typer.Option(help="Engine folder; default: the newest of engines/.")] = None,
+    clock: Annotated[str, typer.Option(help="wall, or cpu (one thread) on a machine that others use too.")] = "wall",
     json: Json = False,
 ) -> None:
     """Measure speed and memory against the strongest baseline, interleaved in one process."""
@@ -242,7 +243,7 @@ def bench_command(
         lengths = tuple(int(x) for x in tokens.split(","))
     except ValueError as error:
         raise InputError(f"--tokens {tokens}", "lengths joined by commas, such as 2048,4096") from error
-    records = run(names or [], tokens=lengths, threads=threads, repeats=repeats, engine=engine)
+    records = run(names or [], tokens=lengths, threads=threads, repeats=repeats, engine=engine, clock=clock)
     _print([dataclasses.asdict(r) for r in records] if json else records, json, render)
 
 

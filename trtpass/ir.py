@@ -145,9 +145,15 @@ def tidy(model: ir.Model) -> None:
 
 
 def skeleton(model: ir.Model) -> onnx.ModelProto:
-    """The model as a proto whose initializers above ``SMALL`` bytes are typed inputs: small, and no weight is read."""
+    """The model as a proto whose initializers above ``SMALL`` bytes are typed inputs: small, and no weight is read.
+
+    External ones of any size too: the checker would look for their file in the working directory.
+    """
     graph = model.graph
-    large = [v for v in graph.initializers.values() if v.const_value is None or v.const_value.nbytes > SMALL]
+    large = [
+        v for v in graph.initializers.values()
+        if v.const_value is None or v.const_value.nbytes > SMALL or isinstance(v.const_value, ir.ExternalTensor)
+    ]  # fmt: skip
     for value in large:
         del graph.initializers[value.name]  # type: ignore[arg-type]
     saved_inputs = list(graph.inputs)

@@ -36,6 +36,7 @@ def run(
     threads: int | None = None,
     repeats: int = 7,
     engine: Path | None = None,
+    clock: str = "wall",
     note: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> list[Record]:
     """Run benchmarks.
@@ -46,6 +47,7 @@ def run(
         threads: threads of one operator; default: the cores that this process may use.
         repeats: interleaved repeats of each side.
         engine: folder of an engine, for real q, k, v and whole prefill; default: the newest under ``engines/``.
+        clock: ``wall``, or ``cpu`` (one thread) for a machine that others use too.
         note: told, in words, what is being run, and what was left out and why.
 
     Raises:
@@ -61,7 +63,7 @@ def run(
         raise InputError(f"repeats={repeats}, threads={threads}", "1 or more")
     dense.need_lengths(tokens)
     chosen = [name for name in NAMES if not names or name in names]
-    machine = measure.describe(threads or measure.cores())
+    machine = measure.describe(threads or (1 if clock == "cpu" else measure.cores()), clock)
     folder = _engine(engine)
     records: list[Record] = []
     attention = [name for name in chosen if name.endswith((".attention", ".overhead"))]

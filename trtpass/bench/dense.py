@@ -44,7 +44,7 @@ def run(lengths: Sequence[int], layers: Layers, h: Heads, machine: Machine, repe
                 sides[name].append(call)
         if torch_side:
             sides["torch scaled_dot_product_attention"] = torch_side
-        seconds = interleave(list(sides.values()), repeats)
+        seconds = interleave(list(sides.values()), repeats, machine.clock)
         params = {"tokens": tokens, "batch": 1, "threads": machine.threads, "inputs": layers.source}
         for row, name in enumerate(sides):
             if row:

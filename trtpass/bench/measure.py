@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 Call = Callable[[], None]
 CACHE_FACTOR = 3  # buffers in rotation hold at least this many times the last-level cache
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DEFAULT_CACHE = 32 << 20  # bytes, where the machine does not say
 
 
@@ -32,6 +33,7 @@ DEFAULT_CACHE = 32 << 20  # bytes, where the machine does not say
 class Machine:
     """``matmul_gflops``: float32 ``[2048, 2048] @ [2048, 2048]`` in this process, the best of several.
 
+    ``clock``: ``wall``, or ``cpu``: time that this process computed, which other processes do not lengthen much.
     ``load``: the machine's load average over the last minute, before anything was measured: what else ran.
     """
 
@@ -41,17 +43,26 @@ class Machine:
     onnxruntime: str
     matmul_gflops: float
     load: float
+    clock: str = "wall"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def describe(threads: int) -> Machine:
-    """This machine, with the matmul rate of ``threads`` threads, measured now."""
+def describe(threads: int, clock: str = "wall") -> Machine:
+    """This machine, with the matmul rate of ``threads`` threads, measured now.
+
+    Raises:
+        InputError: an unknown clock, or ``cpu`` with several threads, whose waiting would count as work.
+    """
     import onnxruntime
 
+    if clock not in CLOCKS or (clock == "cpu" and threads != 1):
+        raise InputError(f"clock '{clock}' with {threads} threads", "wall, or cpu with one thread")
     load = round(os.getloadavg()[0], 2)
-    return Machine(_cpu(), cores(), threads, onnxruntime.__version__, round(matmul_peak(threads), 1), load)
+    return Machine(
+        _cpu(), cores(), threads, onnxruntime.__version__, round(matmul_peak(threads, clock), 1), load, clock
+    )
 
 
 def cores() -> int:
@@ -85,14 +96,14 @@ def sets_for(bytes_a_set: int, least: int = 2, most: int = 32) -> int:
     return int(np.clip(-(-CACHE_FACTOR * cache_bytes() // bytes_a_set), least, most))
 
 
-def matmul_peak(threads: int, size: int = 2048, repeats: int = 8) -> float:
+def matmul_peak(threads: int, clock: str = "wall", size: int = 2048, repeats: int = 8) -> float:
     """GFLOP/s of a float32 product of square matrices in ONNX Runtime."""
     from trtpass.bench.layer import parse
 
     text = f"matmul (float[{size},{size}] a, float[{size},{size}] b) => (float[{size},{size}] c) {{ c = MatMul(a, b) }}"
     a, b, c = (np.random.default_rng(i).standard_normal((size, size), np.float32) for i in range(3))
     call = Graph(parse(text), threads).bind({"a": a, "b": b}, {"c": c})
-    seconds = interleave([[call]], repeats)
+    seconds = interleave([[call]], repeats, clock)
     return 2 * size**3 / float(seconds.min()) / 1e9
 
 
@@ -150,15 +161,16 @@ class Graph:
         return call
 
 
-def interleave(sides: Sequence[Sequence[Call]], repeats: int, warm: int = 1) -> Array:
+def interleave(sides: Sequence[Sequence[Call]], repeats: int, clock: str = "wall", warm: int = 1) -> Array:
     """Seconds ``[side, repeat]``: the mean over the sets of buffers of each side, sides in turn (A B A B).
 
     Args:
         sides: for each side, its calls, one for each set of buffers; all sides have equally many.
         repeats: rounds over all sets.
+        clock: of ``CLOCKS``.
         warm: rounds before, not counted.
     """
-    count = len(sides[0])
+    count, now = len(sides[0]), CLOCKS[clock]
     if any(len(calls) != count for calls in sides):
         raise InputError(f"sides with {[len(calls) for calls in sides]} sets of buffers", "equally many")
     seconds = np.zeros((len(sides), repeats))
@@ -166,10 +178,10 @@ def interleave(sides: Sequence[Sequence[Call]], repeats: int, warm: int = 1) -> 
         for step in range(count):
             for side, calls in enumerate(sides):
                 call = calls[(step + side * max(1, count // len(sides))) % count]
-                start = time.perf_counter()
+                start = now()
                 call()
                 if round_ >= 0:
-                    seconds[side, round_] += time.perf_counter() - start
+                    seconds[side, round_] += now() - start
     return seconds / count
 
 

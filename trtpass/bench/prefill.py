@@ -71,7 +71,8 @@ def run(
             require_close(f"prefill at {fraction}", np.isnan(outputs["logits"]).astype(float), np.zeros(1), 0.0, 0.0)
             kept[fraction] = [int(outputs[str(site.values["keep"]) + ".used"][0]) for site in sites]
             calls.append(call)
-        seconds = interleave([[reference], *([call] for call in calls)], repeats)
+        sides = [[reference], *([call] for call in calls)]  # warm: each has just run
+        seconds = interleave(sides, repeats, machine.clock, warm=0)
         for line, fraction in enumerate(fractions, start=1):
             left = 1 / attention_limit(tokens, kept[fraction], window)
             sparse_share = share * len(sites) / len(blocks)

@@ -108,7 +108,7 @@ def _attention(
             if item.checked:
                 require_close(f"attention with given selections ({select})", out, chosen["out"], ATOL, RTOL)
             sides[False, select].append(call)
-    seconds = interleave([[item.dense for item in sets], *sides.values()], repeats)
+    seconds = interleave([[item.dense for item in sets], *sides.values()], repeats, machine.clock)
     records = []
     for row, (scoring, select) in enumerate(sides, start=1):
         mine = {
@@ -191,7 +191,7 @@ def _overhead(
                 for role in made:
                     require_close(f"selection alone, {role}", made[role].astype(float), full[role], 0.0, 0.0)
             sides[select].append(call)
-    seconds = interleave([[item.dense for item in sets], *sides.values()], repeats)
+    seconds = interleave([[item.dense for item in sets], *sides.values()], repeats, machine.clock)
     records = []
     for row, select in enumerate(sides, start=1):
         share = round(float(np.median(seconds[row] / seconds[0])), 4)
