@@ -1,4 +1,4 @@
-"""From a model to a proved engine folder: export, raise, rewrite, cache, lower, check, write (docs/design.md, section 2).
+"""From a model to a proved engine folder: export, raise, rewrite, cache, lower, check, write (docs/design.md).
 
 ``engines/<model>/<recipe>/`` then holds::
 
@@ -97,7 +97,8 @@ def build(request: Request, report: Report = silent) -> tuple[Manifest, Path]:
         report(f"lowering to {request.target}", 0.35)
         lowering, sm = _lower(request, dense, rewritten, work, context, report)
         report("checking", 0.45)
-        ladder = Ladder(work, dense, rewritten, pipeline, results, probe_for(loaded, dense, pipeline), loaded.module, loaded.onnx)
+        probe = probe_for(loaded, dense, pipeline)
+        ladder = Ladder(work, dense, rewritten, pipeline, results, probe, loaded.module, loaded.onnx)
         checks = check_ladder(ladder, request.target, report)
         _save_example(ladder, work)
         if loaded.tokenizer is not None:
@@ -163,9 +164,10 @@ def _canonical(recipe: Recipe, loaded: Loaded, work: Path, report: Report) -> Ra
     report("raising", 0.20)
     raised = canonicalize(model)
     anchors = find(model)
+    reasons = [*anchors.missing, *raised.near_misses]
     if not anchors.blocks or anchors.input_ids is None or anchors.logits is None:
         raise InputError(
-            f"'{recipe.name}' was not recognised as a decoder: {'; '.join([*anchors.missing, *raised.near_misses][:4])}",
+            f"'{recipe.name}' is not a decoder that is understood: {'; '.join(reasons[:4])}",
             "a graph input_ids [batch, sequence] -> logits with attention that raises",
             "run `trtpass inspect` on the file",
         )
@@ -241,8 +243,8 @@ def check_ladder(ladder: Ladder, target: str, report: Report = silent) -> Checks
     report("checking rewritten ONNX = engine", 0.80)
     if target == "tensorrt-rtx":
         engine = Check.not_run(
-            "a TensorRT-RTX plan executes on a GPU only; `make test-gpu` on a machine with one runs this check. Not proved here: "
-            "float16 numbers, the fused kernels, and speed"
+            "a TensorRT-RTX plan executes on a GPU only; `make test-gpu` on a machine with one runs this check. "
+            "Not proved here: float16 numbers, the fused kernels, and speed"
         )
     else:
         engine = ladder.engine(target)
@@ -288,6 +290,6 @@ def _records(pipeline: Sequence[Pass], results: Sequence[PassResult], ladder: La
                 layers=layers,
                 near_misses=list(result.near_misses),
                 pruned=round(1 - float(np.mean(kept)), 6) if kept else None,
-            )  # fmt: skip
+            )
         )
     return records

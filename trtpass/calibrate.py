@@ -7,7 +7,6 @@ arXiv 2602.03216): a layer that changes its tokens little can do without some of
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,11 +69,11 @@ def read_drift(recipe: Recipe) -> list[float] | None:
 def calibrate_drift(model: str, text: Path | None, tokens: int) -> dict[str, Any]:
     """Measure drift on ``tokens`` tokens of a text and store it beside the recipe.
 
-    Returns what was stored: ``values`` (R_l), ``tokens``, ``text``, and for the reader ``half`` (layers at or below the median)
-    and ``path``.
+    Returns what was stored: ``values`` (R_l), ``tokens``, ``text``, and for the reader ``half`` (layers at or below the
+    median) and ``path``.
 
     Raises:
-        InputError: no torch module or tokenizer for this model, a text that is too short, or a file that cannot be written.
+        InputError: no torch module or tokenizer for this model, or a text that is too short.
     """
     from graphs import resolve
     from trtpass.corpus import text_corpus
@@ -87,8 +86,9 @@ def calibrate_drift(model: str, text: Path | None, tokens: int) -> dict[str, Any
             "a known model or a Hugging Face folder with tokenizer.json",
         )
     source = text_corpus(text)
-    ids = loaded.tokenizer(source[20_000 : 20_000 + 12 * tokens] if len(source) > 20_000 + 6 * tokens else source,
-                           add_special_tokens=False, verbose=False)["input_ids"][: min(tokens, loaded.context or tokens)]  # fmt: skip
+    start = 20_000 if len(source) > 20_000 + 6 * tokens else 0  # past a preface, where there is one
+    encoded = loaded.tokenizer(source[start : start + 12 * tokens], add_special_tokens=False, verbose=False)
+    ids = encoded["input_ids"][: min(tokens, loaded.context or tokens)]
     values = [round(r, 6) for r in drift(loaded.module, np.array(ids, np.int64))]
     entry = {"values": values, "tokens": len(ids), "text": text.name if text else "jargon-text"}
     stored = json.loads(recipe.data.read_text()) if recipe.data.is_file() else {}
@@ -96,6 +96,6 @@ def calibrate_drift(model: str, text: Path | None, tokens: int) -> dict[str, Any
     recipe.data.parent.mkdir(parents=True, exist_ok=True)
     temporary = recipe.data.with_suffix(".tmp")
     temporary.write_text(json.dumps(stored, indent=1) + "\n")
-    os.replace(temporary, recipe.data)
+    temporary.replace(recipe.data)
     half = layers.resolve("drift:0.5", len(values), values)
     return {**entry, "half": "+".join(map(str, half)), "path": str(recipe.data)}

@@ -23,7 +23,9 @@ app.add_typer(calibrate_app, name="calibrate")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 PassList = Annotated[
     list[str] | None,
-    typer.Option("-p", "--pass", help="NAME[:key=value,...]; repeat for several; 'none' for the dense engine. See `trtpass passes`."),
+    typer.Option(
+        "-p", "--pass", help="NAME[:key=value,...]; repeatable; 'none': the dense engine. See `trtpass passes`."
+    ),
 ]
 EngineFolder = Annotated[
     Path, typer.Argument(help="Folder of an engine, engines/<model>/<recipe>.", show_default=False)
@@ -285,8 +287,8 @@ def main() -> None:
         if show:
             raise
         text = str(error).strip().splitlines() or [""]
-        _fail(f"unexpected {type(error).__name__}: {text[0][:300]}\n  To do: run it again with --traceback and report that", 2,
-              "--json" in arguments)  # fmt: skip
+        advice = "To do: run it again with --traceback and report that"
+        _fail(f"unexpected {type(error).__name__}: {text[0][:300]}\n  {advice}", 2, "--json" in arguments)
 
 
 def _fail(message: str, code: int, as_json: bool) -> None:

@@ -34,7 +34,8 @@ def generate(
         write: called with each piece of text of a single prompt as it is made, or with the whole of each of several.
 
     Returns:
-        A dict a row: ``prompt``, ``text``, ``prompt_tokens``, ``tokens`` (new ids), ``stopped`` (stop, length, context).
+        A dict a row: ``prompt``, ``text``, ``prompt_tokens``, ``tokens`` (new ids), ``stopped`` (stop, length,
+        context).
 
     Raises:
         InputError: no engine there, a target that does not run here, an empty prompt, or what ``Engine`` refuses.
@@ -48,8 +49,8 @@ def generate(
         )
     if chunk is not None and manifest.whole_prompt:
         raise InputError(
-            f"prefill in chunks of {chunk}, but '{manifest.whole_prompt}' is defined on whole prompts only: it selects tokens by what "
-            "the last queries of the prompt look at",
+            f"prefill in chunks of {chunk}, but '{manifest.whole_prompt}' is defined on whole prompts only: it selects "
+            "tokens by what the last queries of the prompt look at",
             "a whole prompt",
             "leave --chunk away, or use a dense engine (trtpass build --dense)",
         )

@@ -44,7 +44,8 @@ def inspect(model: ir.Model) -> Inspection:
     anchors = find(model)
     blocks = tuple(
         {
-            "layer": b.layer, "node": str(b.node.name), "heads": b.heads, "kv_heads": b.kv_heads, "head_dim": b.head_dim,
+            "layer": b.layer, "node": str(b.node.name),
+            "heads": b.heads, "kv_heads": b.kv_heads, "head_dim": b.head_dim,
             "scale": round(b.scale, 6), "causal": b.causal, "why_not_causal": b.why_not_causal,
             "rope": b.rope_q is not None and b.rope_k is not None,
             "qkv_input": None if b.qkv_input is None else str(b.qkv_input.name), "why_no_qkv_input": b.why_no_qkv_input,
@@ -65,8 +66,9 @@ def inspect(model: ir.Model) -> Inspection:
         return None if value is None else f"{value.name} {value.dtype} {value.shape}"
 
     return Inspection(
-        nodes, opset, dict(raised.counts), raised.near_misses, blocks, named(anchors.positions), named(anchors.input_ids),
-        named(anchors.logits), anchors.token_axes, anchors.missing, methods,
+        nodes, opset, dict(raised.counts), raised.near_misses, blocks,
+        named(anchors.positions), named(anchors.input_ids), named(anchors.logits),
+        anchors.token_axes, anchors.missing, methods,
     )  # fmt: skip
 
 

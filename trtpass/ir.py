@@ -22,7 +22,7 @@ SMALL = 1024  # bytes; constants up to this size may be read by passes and are k
 
 
 def const_array(value: ir.Value | None, limit: int = SMALL) -> np.ndarray | None:
-    """The array of a small constant (initializer or Constant node), else None; never reads more than ``limit`` bytes."""
+    """The array of a small constant (initializer or Constant node), else None; reads at most ``limit`` bytes."""
     if value is None:
         return None
     tensor = value.const_value

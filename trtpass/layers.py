@@ -36,8 +36,9 @@ def carried_drift(model: ir.Model) -> list[float] | None:
 def resolve(text: str, count: int, drift: Sequence[float] | None) -> tuple[int, ...]:
     """Layer indices (0-based, ascending) from ``all``, ``auto``, ``drift:0.5``, or ``3+5+10-20``.
 
-    ``drift:q`` takes the layers whose drift ``R_l = mean_t |h_{l+1,t} - h_{l,t}| / |h_{l,t}|`` is at or below the q-quantile (Token
-    Sparse Attention, arXiv 2602.03216). ``auto`` is ``drift:0.5`` where the model carries a calibration, else ``all``.
+    ``drift:q`` takes the layers whose drift ``R_l = mean_t |h_{l+1,t} - h_{l,t}| / |h_{l,t}|`` is at or below the
+    q-quantile (Token Sparse Attention, arXiv 2602.03216). ``auto`` is ``drift:0.5`` where the model carries a
+    calibration, else ``all``.
 
     Raises:
         InputError: an index out of range, no calibration for ``drift``, or text that is none of the forms.
@@ -51,14 +52,16 @@ def resolve(text: str, count: int, drift: Sequence[float] | None) -> tuple[int, 
     chosen: set[int] = set()
     for part in text.split("+"):
         first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not (first + last).isdecimal() or not first or (dash and not last):
             raise InputError(f"layers={text}", "all, auto, drift:0.5, or indices and ranges joined by '+' (3+5+10-20)")
-        chosen.update(range(int(first), int(last if dash else first) + 1))
-    outside = sorted(i for i in chosen if i >= count)
-    if outside or not chosen:
-        raise InputError(
-            f"layers={text} names layer {outside[0] if outside else 'none'}", f"indices from 0 to {count - 1}"
-        )
+        low, high = int(first), int(last if dash else first)
+        if high < low:
+            raise InputError(f"layers={text} has the empty range {part}", "ranges that go up, such as 10-20")
+        if high >= count:
+            raise InputError(
+                f"layers={text} names layer {max(low, count) if dash else low}", f"indices from 0 to {count - 1}"
+            )
+        chosen.update(range(low, high + 1))
     return tuple(sorted(chosen))
 
 

@@ -38,7 +38,7 @@ def write_plans(
     if not rtx.available():
         raise InputError("the package tensorrt-rtx is not installed", fix=rtx.INSTALL)
     graphs = {
-        phase: rtx.lower(insert_cache(source, phase, capacity=context, logits=request.logits))
+        phase: rtx.lower(insert_cache(source, phase, capacity=context, logits=request.logits), sm)
         for phase, source in (("prefill", rewritten), ("decode", dense))
     }
     io.save_shared({f"{phase}.onnx": graph for phase, graph in graphs.items()}, work, weights=WEIGHTS)
@@ -64,7 +64,8 @@ def write_plans(
         )
     elif keep:
         notes.append(
-            f"at most {max(keep) / 10:g}% of the tokens are kept; a row that needs more is clamped, and `keep` > `count` shows it"
+            f"at most {max(keep) / 10:g}% of the tokens are kept; a row that needs more is clamped, and then its "
+            "`keep` is above its `count`"
         )
     return notes, sm
 

@@ -1,6 +1,7 @@
 """The twin (D): a transformers causal LM with a method's edit applied, computing with the operators' own references.
 
-The edit goes in through transformers' attention registry, so no model code is touched, and leaves when the call returns.
+The edit goes in through transformers' attention registry, so no model code is touched, and leaves when the call
+returns.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ class TokenSparseTwin:
     ) -> TorchRun:
         """Run on right-padded ``input_ids [B, S]`` int64 with ``lengths [B]`` int32.
 
-        ``forced`` maps each sparse layer to ``(index [B, N, C], count [B, N])`` that replace its own selection; what it would
-        have chosen itself is still recorded.
+        ``forced`` maps each sparse layer to ``(index [B, N, C], count [B, N])`` that replace its own selection; what it
+        would have chosen itself is still recorded.
         """
         import torch
         from transformers import AttentionInterface

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from trtpass import io, passes
@@ -74,9 +73,10 @@ def validate(folder: Path, model: str | None = None, report: Report = silent) ->
     dense = io.load(folder / DENSE)
     rewritten = dense.clone()
     results = passes.run(rewritten, steps)
-    ladder = Ladder(folder, dense, rewritten, steps, results, probe_for(loaded, dense, steps), loaded.module, loaded.onnx)
+    probe = probe_for(loaded, dense, steps)
+    ladder = Ladder(folder, dense, rewritten, steps, results, probe, loaded.module, loaded.onnx)
     manifest.checks = check_ladder(ladder, manifest.target, report)
     temporary = folder / ".manifest.json"
     temporary.write_text(manifest.model_dump_json(indent=2) + "\n")
-    os.replace(temporary, folder / "manifest.json")
+    temporary.replace(folder / "manifest.json")
     return manifest.checks

@@ -37,7 +37,7 @@ class Site:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass did. ``modified`` is True iff the graph changed; ``near_misses`` say where it did not apply, and why."""
+    """What a pass did. ``modified``: whether the graph changed; ``near_misses``: where it did not apply, and why."""
 
     name: str
     modified: bool
@@ -154,6 +154,8 @@ def parse(text: str) -> Pass:
                 f"key=value with keys {', '.join(hints)}",
                 "separate options by commas, and join lists by '+' (layers=3+5+10-20)",
             )
+        if key in given:
+            raise InputError(f"option {key} of pass '{name}' is given twice", "each option once")
         given[key] = _convert(name, key, value.strip(), hints[key])
     return cls(cls.Options(**given))
 

@@ -302,7 +302,7 @@ def _reads_weight(node: ir.Node) -> bool:
         return False
     value = node.inputs[operand]
     while value is not None and is_op(above := value.producer(), "Transpose"):
-        value = above.inputs[0]  # type: ignore[union-attr]
+        value = above.inputs[0]
     if value is None or not value.is_initializer() or value.shape is None:
         return False
     rank = len(value.shape)  # inverse frequencies are 3-D and stay float32

@@ -5,7 +5,7 @@ In each sparse layer, after rotary embedding and before o_proj::
     mass = ColumnMass(q, k, lengths)                     [B, H, S]   what the last W queries look at
     keep = CoverageBudget(mass, lengths)                 [B]         how many tokens the layer keeps, per row
     index, count = SelectTokens(mass, keep, lengths)     [B, N, C]   which ones, per head (or per KV head)
-    out = TokenSparseAttention(q, k, v, index, count)    [B, H, S, Dv]   dropped rows are 0: only the residual carries them
+    out = TokenSparseAttention(q, k, v, index, count)    [B, H, S, Dv]   dropped rows are 0: the residual carries them
 
 The selection uses queries of the future, so the method is defined on whole prompts only.
 """
@@ -72,8 +72,8 @@ class TokenSparseOptions:
 
     @property
     def coverage_ppm(self) -> int:
-        """tau in parts per million; a nonzero tau is at least 1."""
-        return max(round(self.coverage * 1e6), int(self.coverage > 0))
+        """tau in parts per million; a nonzero tau is at least 1, and none is 1e6 (all the mass)."""
+        return min(max(round(self.coverage * 1e6), int(self.coverage > 0)), 999_999)
 
     @property
     def max_keep_permille(self) -> int:
