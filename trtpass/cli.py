@@ -213,6 +213,9 @@ def generate_command(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperature > 0.")] = 0,
     threads: Annotated[int | None, typer.Option(help="Threads; default: all cores.")] = None,
+    provider: Annotated[
+        str, typer.Option(help="ONNX Runtime provider: cpu, cuda, ... Another one is an error.")
+    ] = "cpu",
     json: Json = False,
 ) -> None:
     """Generate text with an engine; it streams as it is made."""
@@ -220,6 +223,7 @@ def generate_command(
 
     rows = generate(
         engine, prompt, max_tokens=max_tokens, chunk=chunk, temperature=temperature, seed=seed, threads=threads,
+        provider=provider, say=None if json else lambda text: typer.echo(text, err=True),
         write=None if json else lambda piece: typer.echo(piece, nl=False),
     )  # fmt: skip
     if json:

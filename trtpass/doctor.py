@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 OK, MISSING, PARTLY = "ok", "missing", "partly"
 PYTHONS = ((3, 11), (3, 12))
-CORPUS = Path("/usr/share/doc/jargon-text/jargon.txt.gz")
 GIB = 1 << 30
 # What `make engine MODEL=smollm2-135m` needs at its peak: weights in three precisions and two plans; export in memory.
 DISK_GIB, MEMORY_GIB = 4, 8
@@ -231,9 +230,11 @@ def _weights() -> tuple[str, str, str]:
 
 
 def _corpus() -> tuple[str, str, str]:
-    if not CORPUS.exists():
-        return MISSING, f"{CORPUS} is absent: no quality figures on real text", "apt-get install jargon-text"
-    return OK, str(CORPUS), ""
+    from trtpass.corpus import LOCATIONS
+
+    if not any(path.is_file() for path in LOCATIONS):
+        return MISSING, "no jargon-text: no quality figures on real text", "make setup, or apt-get install jargon-text"
+    return OK, "the Jargon File, of Debian's jargon-text", ""
 
 
 def _disk() -> tuple[str, str, str]:

@@ -25,17 +25,20 @@ def generate(
     threads: int | None = None,
     provider: str = "cpu",
     write: Callable[[str], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Generate from an engine folder.
 
     Args:
         prompts: one text a row; they run as one batch, of any lengths.
         chunk: tokens of prefill at a time; None reads whole prompts.
+        provider: of ONNX Runtime; a session that got another one is an error (the runtime falls back in silence).
         write: called with each piece of text of a single prompt as it is made, or with the whole of each of several.
+        say: called once with what runs where.
 
     Returns:
         A dict a row: ``prompt``, ``text``, ``prompt_tokens``, ``tokens`` (new ids), ``stopped`` (stop, length,
-        context).
+        context), ``provider``.
 
     Raises:
         InputError: no engine there, a target that does not run here, an empty prompt, or what ``Engine`` refuses.
@@ -60,6 +63,8 @@ def generate(
         if not row:
             raise InputError(f"the prompt {text!r} has no tokens", "at least one")
     engine = Engine.open(folder, provider, threads, manifest.context)
+    if say:
+        say(f"{manifest.model}, target {manifest.target}, on {engine.provider}")
     streams = [TextStream(tokenizer) for _ in rows]
     texts, tokens = [""] * len(rows), [list[int]() for _ in rows]
     stopped: list[str | None] = [None] * len(rows)
@@ -78,6 +83,6 @@ def generate(
     if write:
         write("\n" if len(rows) == 1 else "".join(f"[{i}] {text}\n" for i, text in enumerate(texts)))
     return [
-        {"prompt": p, "text": t, "prompt_tokens": len(r), "tokens": n, "stopped": s}
+        {"prompt": p, "text": t, "prompt_tokens": len(r), "tokens": n, "stopped": s, "provider": engine.provider}
         for p, t, r, n, s in zip(prompts, texts, rows, tokens, stopped, strict=True)
     ]

@@ -161,6 +161,9 @@ def render(manifest: Manifest, folder: Path) -> Table:
     for record in manifest.passes:
         table.add_row("pass", f"{record.name} on {record.sites} of the layers: {_ranges(record.layers)}")
         table.add_row("", ", ".join(f"{k}={v}" for k, v in record.options.items()))
+        if {"min_tokens", "window"} <= record.options.keys():
+            limit = record.options["min_tokens"] + record.options["window"]
+            table.add_row("", f"rows of at most {limit} tokens stay dense (min_tokens + window)")
         if record.pruned is not None:
             table.add_row("", f"{record.pruned:.1%} of the tokens dropped in those layers, in the check below")
     if not manifest.passes:

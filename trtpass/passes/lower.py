@@ -13,7 +13,7 @@ from onnx_ir.passes import common
 from plugins import all_ops
 from plugins._library import function
 from trtpass.errors import InputError
-from trtpass.ir import check, tidy
+from trtpass.ir import check, is_op, tidy
 from trtpass.op import DOMAIN
 from trtpass.passes.contrib import attention_to_contrib
 from trtpass.passes.transposes import swap_in_branches, swap_indices
@@ -63,10 +63,22 @@ def lower(model: ir.Model, target: str) -> Lowered:
             for n in copy.graph.all_nodes()
             if n.op_type == "Attention" and n.domain == ""
         ]
+    _settle_casts(copy)
     tidy(copy)
     copy.metadata_props["trtpass.target"] = target
     check(copy, f"the graph lowered to '{target}'")
     return Lowered(copy, tuple(decisions))
+
+
+def _settle_casts(model: ir.Model) -> None:
+    """``CastLike(x, y)`` to ``Cast(x)`` where the type of y is known: ONNX Runtime warns at each CastLike of a constant."""
+    common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    for node in model.graph.all_nodes():
+        like = node.inputs[1] if is_op(node, "CastLike") else None
+        if like is not None and like.dtype is not None:
+            node.op_type = "Cast"
+            node.resize_inputs(1)
+            node.attributes["to"] = ir.AttrInt64("to", int(like.dtype))
 
 
 def inline_bodies(model: ir.Model, kind: str) -> list[Decision]:
