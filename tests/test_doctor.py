@@ -88,7 +88,7 @@ def test_little_disk_memory_and_old_python_are_partly(monkeypatch: pytest.Monkey
 def test_corpus_and_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("trtpass.corpus.LOCATIONS", (tmp_path / "jargon.txt.gz",))
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert named("english text").todo == "apt-get install jargon-text"
+    assert named("english text").todo == "make setup, or apt-get install jargon-text"
     assert named("c++ compiler").todo == "apt-get install g++"
     (tmp_path / "jargon.txt.gz").write_bytes(b"")
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
