@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,8 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
             file.write_text(text, encoding="utf-8")
             return
         assert file.exists(), f"{file} does not exist: run make golden and read the diff"
-        assert text == file.read_text(encoding="utf-8"), f"{file} differs: run make golden and read the diff"
+        before, after = file.read_text(encoding="utf-8").splitlines(), text.splitlines()
+        diff = "\n".join(difflib.unified_diff(before, after, f"graphs/golden/{name}.txt", "now", n=1, lineterm=""))
+        assert text == file.read_text(encoding="utf-8"), f"run make golden if this is intended:\n{diff}"
 
     return compare

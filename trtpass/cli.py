@@ -20,6 +20,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 calibrate_app = typer.Typer(no_args_is_help=True, help="Measure, once a model, what passes need to know.")
 app.add_typer(calibrate_app, name="calibrate")
 
+INTERRUPTED = 130
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 PassList = Annotated[
     list[str] | None,
@@ -282,6 +284,10 @@ def main() -> None:
         if show:
             raise
         _fail(str(error), error.exit_code, "--json" in arguments)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # typer's own answer to Ctrl-C
+            _fail("interrupted; nothing half-written was left behind", 2, "--json" in arguments)
+        raise
     except KeyboardInterrupt:
         _fail("interrupted; nothing half-written was left behind", 2, "--json" in arguments)
     except BrokenPipeError:

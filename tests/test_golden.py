@@ -1,0 +1,84 @@
+"""The text of tiny graphs after each step, so that a diff shows what a change did; ``make golden`` rewrites it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import tiny
+from families import Exported
+from proofs import raised
+
+from trtpass import passes
+from trtpass.ir import const_array
+from trtpass.passes.cache import insert_cache
+from trtpass.passes.lower import lower
+
+Golden = Callable[[str, str], None]
+SPARSE = "token-sparse:coverage=0.3,window=4,min_tokens=8,pool=3,layers=all"
+
+
+def text(model: ir.Model) -> str:
+    """A line for each input, node and output, with types and shapes; small constants by value, weights by name."""
+    return "\n".join(lines(model)) + "\n"
+
+
+def lines(model: ir.Model) -> Iterator[str]:
+    graph = model.graph
+    yield f"opset {dict(sorted(model.opset_imports.items()))}"
+    yield from (f"metadata {key} = {value}" for key, value in sorted(model.metadata_props.items()))
+    yield from (f"function {f.domain}::{f.name}" for f in sorted(model.functions.values(), key=lambda f: f.name))
+    yield from (f"input {typed(value)}" for value in graph.inputs)
+    for value in graph.initializers.values():
+        array = const_array(value, limit=64)
+        yield f"constant {typed(value)}" + ("" if array is None else f" = {array.tolist()}")
+    for node in graph:
+        outputs = ", ".join(typed(value) for value in node.outputs)
+        inputs = ", ".join("-" if value is None else str(value.name) for value in node.inputs)
+        attributes = ", ".join(f"{name}={shown(a)}" for name, a in sorted(node.attributes.items()))
+        domain = f"{node.domain}::" if node.domain else ""
+        yield f"{outputs} = {domain}{node.op_type}({inputs})" + (f" {{{attributes}}}" if attributes else "")
+    yield from (f"output {typed(value)}" for value in graph.outputs)
+
+
+def typed(value: ir.Value) -> str:
+    kind = "?" if value.dtype is None else value.dtype.name.lower()
+    shape = "[?]" if value.shape is None else "[" + ",".join(str(d) for d in value.shape) + "]"
+    return f"{value.name} {kind}{shape}"
+
+
+def shown(attribute: Any) -> str:
+    if attribute.type == ir.AttributeType.TENSOR:
+        return str(attribute.value.numpy().tolist())
+    if attribute.type == ir.AttributeType.GRAPH:
+        return f"<graph of {attribute.value.num_nodes()} nodes>"
+    return f"{attribute.value:.6g}" if attribute.type == ir.AttributeType.FLOAT else str(attribute.value)
+
+
+def sparse(options: str = "") -> ir.Model:
+    model = tiny.decoder(layers=1)
+    passes.run(model, [passes.parse(SPARSE + options)])
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_raised(tiny_export: Callable[[str], Exported], golden: Golden, family: str) -> None:
+    golden(f"raised.{family}", text(raised(tiny_export(family))))
+
+
+@pytest.mark.parametrize("select", ["head", "group"])
+def test_token_sparse(golden: Golden, select: str) -> None:
+    golden(f"token_sparse.{select}", text(sparse(f",select={select}")))
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_cache(golden: Golden, phase: str) -> None:
+    source = sparse() if phase == "prefill" else tiny.decoder(layers=1)
+    golden(f"cache.{phase}", text(insert_cache(source, phase)))
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_lowered_to_cpu(golden: Golden, phase: str) -> None:
+    golden(f"cpu.{phase}", text(lower(insert_cache(tiny.decoder(layers=1), phase), "cpu").model))
