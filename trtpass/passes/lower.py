@@ -72,9 +72,10 @@ def lower(model: ir.Model, target: str) -> Lowered:
 
 def _settle_casts(model: ir.Model) -> None:
     """``CastLike(x, y)`` to ``Cast(x)`` where the type of y is known: ONNX Runtime warns at each CastLike of a constant."""
-    common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
-    for node in model.graph.all_nodes():
-        like = node.inputs[1] if is_op(node, "CastLike") else None
+    casts = [(node, node.inputs[1]) for node in model.graph.all_nodes() if is_op(node, "CastLike")]
+    if any(like is not None and like.dtype is None for _, like in casts):
+        common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    for node, like in casts:
         if like is not None and like.dtype is not None:
             node.op_type = "Cast"
             node.resize_inputs(1)
