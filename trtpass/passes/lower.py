@@ -71,7 +71,7 @@ def lower(model: ir.Model, target: str) -> Lowered:
 
 
 def _settle_casts(model: ir.Model) -> None:
-    """``CastLike(x, y)`` to ``Cast(x)`` where the type of y is known: ONNX Runtime warns at each CastLike of a constant."""
+    """``CastLike(x, y)`` to ``Cast(x)`` where the type of y is known: ONNX Runtime warns at each constant CastLike."""
     casts = [(node, node.inputs[1]) for node in model.graph.all_nodes() if is_op(node, "CastLike")]
     if any(like is not None and like.dtype is None for _, like in casts):
         common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
