@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from trtpass.causality import prove_causal, shape_formula, size_symbols
+from trtpass.causality import prove_causal
+from trtpass.formulas import shape_formula, size_symbols
 from trtpass.ir import const_ints, const_scalar, dims, int_attr, is_op, make_node
 
 
