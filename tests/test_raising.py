@@ -293,9 +293,13 @@ def norm_graph(body: str) -> onnx.ModelProto:
 
 @pytest.mark.parametrize(
     "change",
-    [("", ""), ("Mul(x, x)", "Pow(x, scalar)"), ("inverse = Reciprocal(root)\n    unit = Mul(x, inverse)", "unit = Div(x, root)"),
-     ("Mul(unit, weight)", "Mul(weight, unit)")],
-)  # fmt: skip
+    [
+        ("", ""),
+        ("Mul(x, x)", "Pow(x, scalar)"),
+        ("inverse = Reciprocal(root)\n    unit = Mul(x, inverse)", "unit = Div(x, root)"),
+        ("Mul(unit, weight)", "Mul(weight, unit)"),
+    ],
+)
 def test_rms_norms_raise_and_compute_the_same(change: tuple[str, str]) -> None:
     proto = norm_graph(NORM.replace(*change))
     model, report = raised(proto)
