@@ -86,20 +86,49 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """How a kernel is started for given shapes.
+
+    Args:
+        grid: the number of programs along three axes, `(x, y, z)`; y and z at most 65535.
+        extras: the values of ``Kernel.extras``.
+        constexprs: what the kernel is compiled for, by parameter name; they depend on fixed dimensions only.
+        warps: warps of a program, 32 threads each.
+        stages: depth of software pipelining.
+    """
+
+    grid: tuple[Any, Any, Any]
+    extras: tuple[Any, ...]
+    constexprs: Mapping[str, int | float | str]
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
 class Kernel:
-    """A Triton kernel of an operator: one launch; arguments are input pointers, int32 extras, output pointers.
+    """A Triton kernel of an operator: one launch that writes every element of every output.
+
+    The parameters of ``function`` are, in this order: input pointers, int32 extras, output pointers, constexprs;
+    pointers are named as their ports. Tensors are contiguous and aligned to 16 bytes. There is no workspace.
+
+    ``dims``, ``attrs`` and ``dtypes`` are namespaces: sizes by dimension name, completed attributes, dtypes by port
+    name. Only the fixed dimensions are sure to be ints; grid and extras are plain integer arithmetic on the others,
+    which may be symbols (write ``T * k``, never ``k * T``).
 
     Args:
         function: the ``@triton.jit`` function.
-        extras: names of int32 scalars, computed from the named dimensions by ``geometry``.
-        geometry: ``(dims, attrs) -> (grid, extras, constexprs)`` in plain integer arithmetic on shapes.
-        supports: ``(dims, attrs, dtypes, cc) -> True`` or the reason in words why this kernel does not apply.
+        fixed: names of the dimensions that the kernel is compiled for, such as head widths.
+        extras: names of the int32 scalars.
+        geometry: ``(dims, attrs, dtypes) -> Launch``.
+        supports: ``(dims, attrs, dtypes, cc) -> True`` or the reason in words why this kernel does not apply, from
+            fixed dimensions only; ``cc`` is a compute capability such as 89.
     """
 
     function: Any
+    fixed: tuple[str, ...]
     extras: tuple[str, ...]
-    geometry: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...], Mapping[str, Any]]]
-    supports: Callable[..., bool | str]
+    geometry: Callable[[SimpleNamespace, SimpleNamespace, SimpleNamespace], Launch]
+    supports: Callable[[SimpleNamespace, SimpleNamespace, SimpleNamespace, int], bool | str]
 
 
 ShapeFn = Callable[[SimpleNamespace, SimpleNamespace], Mapping[str, Sequence[Any]]]

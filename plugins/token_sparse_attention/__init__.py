@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from trtpass.errors import InputError
-from trtpass.op import FLOATS, INT32, Case, Port, Tolerance, op
+from trtpass.op import FLOATS, INT32, Case, Kernel, Port, Tolerance, op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,3 +91,10 @@ def _cases() -> Sequence[Case]:
     from plugins.token_sparse_attention.cases import CASES
 
     return CASES
+
+
+@OP.kernels
+def _kernels() -> Sequence[Kernel]:
+    from plugins.token_sparse_attention.kernel import KERNEL
+
+    return [KERNEL]

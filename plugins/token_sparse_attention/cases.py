@@ -50,5 +50,13 @@ CASES = [
     _case("own-scale-everything", 40, [[40, 40]], scale=0.7),
     _case("float16", 65, [[30] * 6, [65] * 6], heads=(6, 2), dtype="float16"),
     _case("float16-groups", 65, [[30] * 2], heads=(6, 2), dtype="float16"),
+    _case(
+        "float16-long-gaps",
+        150,
+        [[64, 65, 1, 0, 128, 150], [150, 2, 63, 127, 129, 32]],
+        heads=(6, 2),
+        width=(24, 16),
+        dtype="float16",
+    ),
     _case("float16-everything", 65, [[65] * 6], heads=(6, 2), dtype="float16"),
 ]
