@@ -200,7 +200,9 @@ def test_compiling_a_small_graph() -> None:
     pytest.importorskip("transformers")
     records = compiling.run(MACHINE, repeats=1, layers=2)
     assert [r.unit for r in records] == ["s", "GB", "GB"]
-    assert all(r.value > 0 and r.ratio is not None for r in records)
+    assert records[0].value > 0 and records[0].ratio is not None
+    # So small a graph may fit into pages that the process has already: what the passes add can be nothing.
+    assert 0 <= records[1].value < 0.5 and 0 < records[2].value < 1
     assert records[0].params["weights_gb"] > 1  # never read: the file has no content on disk
 
 

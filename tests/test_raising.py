@@ -108,7 +108,9 @@ def test_exports_raise_to_canonical_form_and_compute_the_same(raw: Raw, family: 
     result = ir.to_proto(model)
     for batch, length in ((1, 1), (1, 19), (3, 8)):
         ids = rng.integers(0, 128, (batch, length))
-        np.testing.assert_allclose(run(result, ids), run(proto, ids), atol=ATOL, rtol=0)
+        # One row at a time: at opset 23 the exporter gives cos and sin a batch of 1, which runs for one row only.
+        expected = np.concatenate([run(proto, row[None]) for row in ids])
+        np.testing.assert_allclose(run(result, ids), expected, atol=ATOL, rtol=0)
 
 
 def assert_nothing_is_materialised(model: ir.Model) -> None:
