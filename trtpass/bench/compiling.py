@@ -76,7 +76,7 @@ def run(machine: Machine, repeats: int = 3, layers: int = LAYERS) -> list[Record
 
 
 def _record(params: dict[str, Any], unit: str, values: np.ndarray, aim: float, machine: Machine) -> Record:
-    ratios = aim / values
+    ratios = aim / np.maximum(values, 1e-3)  # memory added may be below what can be measured
     return Record(
         "compile.passes",
         params,
