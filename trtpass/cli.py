@@ -42,7 +42,9 @@ def _print(value: Any, as_json: bool, render: Any = None) -> None:
     from rich.console import Console
 
     # a table must not be cut where there is no terminal to measure
-    Console(width=None if sys.stdout.isatty() else 160, soft_wrap=False).print(render(value) if render else value)
+    # and a shape such as [B, S] in plain text is not markup
+    console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=False, highlight=False)
+    console.print(render(value) if render else value, markup=False)
 
 
 @app.command("build")
@@ -290,6 +292,15 @@ def main() -> None:
         raise
     except KeyboardInterrupt:
         _fail("interrupted; nothing half-written was left behind", 2, "--json" in arguments)
+    except ModuleNotFoundError as error:
+        if show:
+            raise
+        extra = {"tensorrt_rtx": "rtx", "triton": "kernels", "matplotlib": "plot"}.get(str(error.name), "export")
+        _fail(
+            f"the package '{error.name}' is not installed\n  To do: pip install 'trtpass[{extra}]'",
+            2,
+            "--json" in arguments,
+        )
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(2)

@@ -6,6 +6,7 @@ score within ``MARGIN`` of the cut, relative to it.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -243,6 +244,8 @@ class Ladder:
         chosen = read_selections(self.sites, outputs)
         self.kept = {k: float(np.mean(v["count"] / self.probe.lengths[:, None])) for k, v in chosen.items()}
         if self.module is None:
+            if importlib.util.find_spec("torch") is None:
+                return Check.not_run("torch, in which the references are written, is not installed")
             return self._sites_alone()
         twin: TokenSparseTwin = self._selecting().twin(self.module, next(r for r in self.results if sites_of([r])))
         forced = {layer: (s["index"], s["count"]) for layer, s in chosen.items()}

@@ -75,7 +75,9 @@ def inspect(model: ir.Model) -> Inspection:
 def render(found: Inspection, title: str) -> Group:
     """Tables for a terminal."""
     from rich.console import Group
+    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(
         "layer", "heads", "KV heads", "D", "scale", "causal", "RoPE", "feeds q, k, v", "residual", title="attention"
@@ -83,9 +85,9 @@ def render(found: Inspection, title: str) -> Group:
     for b in found.blocks:
         table.add_row(
             str(b["layer"]), str(b["heads"]), str(b["kv_heads"]), str(b["head_dim"]), f"{b['scale']:g}",
-            "yes" if b["causal"] else f"no: {b['why_not_causal']}", "yes" if b["rope"] else "no",
-            b["qkv_input"] or f"not found: {b['why_no_qkv_input']}",
-            " -> ".join(b["residual"]) if b["residual"] else f"not found: {b['why_no_residual']}",
+            "yes" if b["causal"] else escape(f"no: {b['why_not_causal']}"), "yes" if b["rope"] else "no",
+            escape(b["qkv_input"] or f"not found: {b['why_no_qkv_input']}"),
+            escape(" -> ".join(b["residual"]) if b["residual"] else f"not found: {b['why_no_residual']}"),
         )  # fmt: skip
     lines = [
         f"{title}: {found.nodes} nodes, opset {found.opset}",
@@ -104,4 +106,5 @@ def render(found: Inspection, title: str) -> Group:
     lines += [f"nearly: {reason}" for reason in found.near_misses]
     for name, reason in found.methods.items():
         lines.append(f"method {name}: " + (f"does not apply: {reason}" if reason else "applies"))
-    return Group("\n".join(lines), table) if found.blocks else Group("\n".join(lines))
+    text = Text("\n".join(lines))  # plain: a shape such as [B, S] is not markup
+    return Group(text, table) if found.blocks else Group(text)

@@ -153,6 +153,7 @@ def versions() -> dict[str, str]:
 
 def render(manifest: Manifest, folder: Path) -> Table:
     """The closing table."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"{manifest.model} -> {folder}", title_justify="left", show_header=False, pad_edge=False)
@@ -183,7 +184,7 @@ def render(manifest: Manifest, folder: Path) -> Table:
             text += f" ({check.tolerance})"
         if check.flipped is not None:
             text += f"; {check.flipped:.2%} of free decisions differ"
-        table.add_row(f"check {name}", text + (f"; {check.reason}" if check.reason else ""))
+        table.add_row(f"check {name}", text + escape(f"; {check.reason}" if check.reason else ""))
     if manifest.quality is not None:
         q = manifest.quality
         table.add_row("quality", f"{q.metric}: dense {q.dense:.4f}, rewritten {q.rewritten:.4f}")
