@@ -42,9 +42,9 @@ def _print(value: Any, as_json: bool, render: Any = None) -> None:
     from rich.console import Console
 
     # a table must not be cut where there is no terminal to measure
-    # and a shape such as [B, S] in plain text is not markup
     console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=False, highlight=False)
-    console.print(render(value) if render else value, markup=False)
+    shown = render(value) if render else value
+    console.print(shown, markup=not isinstance(shown, str))  # a shape such as [B, S] in plain text is not markup
 
 
 @app.command("build")
