@@ -197,7 +197,7 @@ def _lower(
     if request.target == "tensorrt-rtx":
         from trtpass.plans import write_plans
 
-        return write_plans(request, dense, rewritten, work, context, report)
+        return write_plans(request.sm, request.logits, dense, rewritten, work, context, report)
     lines: dict[str, int] = {}
     for name, source, phase in ((PREFILL, rewritten, "prefill"), (DECODE, dense, "decode")):
         lowered = lower(insert_cache(source, phase, logits=request.logits), request.target)

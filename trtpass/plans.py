@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
@@ -12,24 +12,28 @@ from trtpass.errors import InputError
 from trtpass.passes.cache import insert_cache
 from trtpass.progress import Report
 
-if TYPE_CHECKING:
-    from trtpass.build import Request
-
 WEIGHTS = "weights.fp16.bin"
 BATCH = (1, 1, 4)  # min, opt, max rows of a plan's profile
 
 
 def write_plans(
-    request: Request, dense: ir.Model, rewritten: ir.Model, work: Path, context: int, report: Report
+    asked: Sequence[str],
+    logits: str,
+    dense: ir.Model,
+    rewritten: ir.Model,
+    work: Path,
+    context: int,
+    report: Report,
 ) -> tuple[list[str], tuple[str, ...]]:
     """Write ``prefill.plan`` and ``decode.plan`` beside the float16 graphs that they were built from.
 
-    The cache has ``context`` slots a row: TensorRT needs a fixed capacity. Returns notes in words and the SMs.
+    ``asked`` are compute capabilities such as ``89`` or ``SM89``; none means all that can be built. The cache has
+    ``context`` slots a row: TensorRT needs a fixed capacity. Returns notes in words and the SMs.
 
     Raises:
         InputError: the package is missing, an SM is unknown, or the builder refuses the graph.
     """
-    sm = tuple(name if name.startswith(("SM", "CURRENT")) else f"SM{name}" for name in request.sm) or rtx.SMS
+    sm = tuple(name if name.startswith(("SM", "CURRENT")) else f"SM{name}" for name in asked) or rtx.SMS
     unknown = [name for name in sm if name not in rtx.OFFERED]
     if unknown:
         raise InputError(
@@ -38,7 +42,7 @@ def write_plans(
     if not rtx.available():
         raise InputError("the package tensorrt-rtx is not installed", fix=rtx.INSTALL)
     graphs = {
-        phase: rtx.lower(insert_cache(source, phase, capacity=context, logits=request.logits), sm)
+        phase: rtx.lower(insert_cache(source, phase, capacity=context, logits=logits), sm)
         for phase, source in (("prefill", rewritten), ("decode", dense))
     }
     io.save_shared({f"{phase}.onnx": graph for phase, graph in graphs.items()}, work, weights=WEIGHTS)
