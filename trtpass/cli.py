@@ -199,9 +199,12 @@ def validate_command(
         checks = validate(engine, model, report)
     if quality:
         from trtpass.quality import measure
+        from trtpass.quality import render as render_quality
 
         with bar("quality") as report:
-            measure(engine, text=text, short=short, report=report)
+            measured = measure(engine, text=text, short=short, report=report)
+        if not json:
+            _print(measured, False, render_quality)
     manifest = Manifest.read(engine)
     _print(manifest.model_dump(mode="json") if json else manifest, json, lambda m: render(m, engine))
     if checks.failed:
