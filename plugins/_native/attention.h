@@ -1,0 +1,162 @@
+// Causal attention of a block of query rows over packed keys and values, with a running softmax.
+//
+// Keys lie in panels [ceil(n / kPanel)][D][kPanel], the transpose that a product with them reads, values in rows
+// [n][width]; both in float32 whatever the tensors hold. They are packed once for a head and read by every block of rows.
+// A block walks over the keys kKeys at a time: those of one step stay in the second-level cache while all of its tiles of
+// kRows rows use them, and the scores of one tile, kRows x kKeys, stay in the first. docs/native.md explains the sizes.
+#pragma once
+
+#include "gemm.h"
+#include "half.h"
+
+namespace trtpass::TRTPASS_ISA {
+
+inline constexpr int kBlock = 8 * 12;  // query rows of a unit of work; a multiple of kRows everywhere
+inline constexpr int kKeys = 256;      // keys of a step; a multiple of kPanel
+inline constexpr float kLog2e = 1.44269504088896341f;
+inline constexpr float kNothing = -__builtin_inff();
+
+struct Widths {
+  std::int64_t depth;   // D, of queries and keys
+  std::int64_t values;  // Dv
+  std::int64_t padded;  // Dv rounded up to panels; the rest is zero
+
+  Widths(std::int64_t d, std::int64_t dv) : depth(d), values(dv), padded(round_up(dv, kPanel)) {}
+  std::int64_t key_floats(std::int64_t n) const { return round_up(n, kPanel) * depth; }
+  std::int64_t value_floats(std::int64_t n) const { return round_up(n, kPanel) * padded; }
+};
+
+// Packs keys and values [first, first + kPanel) of n, of which fewer may be left; the rest of the panel is zero.
+// row(i) gives the place of the i-th key and value as {key, value}.
+template <class Row>
+TRTPASS_INLINE void pack_panel(const Widths& w, Type type, std::int64_t first, std::int64_t n, const Row& row,
+                               float* keys, float* values) {
+  const std::int64_t count = n - first < kPanel ? n - first : kPanel;
+  float* panel = keys + first * w.depth;
+  float buffer[64];
+  for (std::int64_t j = 0; j < kPanel; ++j) {
+    float* value = values + (first + j) * w.padded;
+    if (j >= count) {
+      for (std::int64_t d = 0; d < w.depth; ++d) panel[d * kPanel + j] = 0.0f;
+      zero_row(value, Type::float32, w.padded);
+      continue;
+    }
+    const auto at = row(first + j);
+    for (std::int64_t d = 0; d < w.depth; d += 64) {
+      const std::int64_t part = w.depth - d < 64 ? w.depth - d : 64;
+      read_row(buffer, static_cast<const char*>(at.key) + d * static_cast<std::int64_t>(bytes_of(type)), type, part);
+      for (std::int64_t e = 0; e < part; ++e) panel[(d + e) * kPanel + j] = buffer[e];
+    }
+    read_row(value, at.value, type, w.values);
+    zero_row(value + w.values, Type::float32, w.padded - w.values);
+  }
+}
+
+struct Place {
+  const void* key;
+  const void* value;
+};
+
+// What one worker needs for a block.
+struct Block {
+  float* queries;  // [kBlock][depth], scaled by scale * log2(e)
+  float* rows;     // [kBlock][padded]: sums of values, not yet divided
+  float* scores;   // [kRows][kKeys]
+  float* largest;  // [kBlock]
+  float* total;    // [kBlock]
+
+  static std::int64_t floats(const Widths& w) {
+    return kBlock * (w.depth + w.padded) + kRows * kKeys + round_up(2 * kBlock, kLanes);
+  }
+  Block(const Widths& w, float* memory)
+      : queries(memory),
+        rows(queries + kBlock * w.depth),
+        scores(rows + kBlock * w.padded),
+        largest(scores + kRows * kKeys),
+        total(largest + kBlock) {}
+};
+
+// scores[0, n) to weights 2^(score - maximum), the running maximum and total brought up to date, and the sums of values so
+// far made relative to the new maximum. NaN stays NaN.
+TRTPASS_INLINE void soften(float* scores, std::int64_t n, float& maximum, float& total, float* row, std::int64_t width) {
+  const std::int64_t end = round_up(n, kLanes);
+  for (std::int64_t j = n; j < end; ++j) scores[j] = kNothing;
+  Vec high = splat(kNothing);
+  for (std::int64_t j = 0; j < end; j += kLanes) high = larger(high, load(scores + j));
+  const float found = trtpass::TRTPASS_ISA::largest(high);
+  if (found > maximum) {
+    if (total > 0.0f) {
+      const float shrink = exp2(splat(maximum - found))[0];
+      for (std::int64_t d = 0; d < width; d += kLanes) store(row + d, load(row + d) * shrink);
+      total *= shrink;
+    }
+    maximum = found;
+  }
+  const Vec base = splat(maximum == kNothing ? 0.0f : maximum);
+  Vec sums[2] = {};
+  std::int64_t j = 0;
+  for (; j + 2 * kLanes <= end; j += 2 * kLanes) {
+    const Vec a = exp2(load(scores + j) - base), b = exp2(load(scores + j + kLanes) - base);
+    store(scores + j, a);
+    store(scores + j + kLanes, b);
+    sums[0] += a;
+    sums[1] += b;
+  }
+  if (j < end) {
+    const Vec a = exp2(load(scores + j) - base);
+    store(scores + j, a);
+    sums[0] += a;
+  }
+  total += sum(sums[0] + sums[1]);
+}
+
+// block.rows and block.total for `count` queries, of which query i sees the first visible + i keys (none if not above 0).
+// Exactly causal: a key that a query does not see is not multiplied by zero but left out, so its NaN goes nowhere.
+inline void attend(const Widths& w, const Block& block, std::int64_t count, std::int64_t visible, const float* keys,
+                   const float* values) {
+  for (std::int64_t i = 0; i < kBlock; ++i) {
+    block.largest[i] = kNothing;
+    block.total[i] = 0.0f;
+  }
+  zero_row(block.rows, Type::float32, kBlock * w.padded);
+  const std::int64_t all = visible + count - 1;
+  for (std::int64_t start = 0; start < all; start += kKeys) {
+    for (std::int64_t first = 0; first < count; first += kRows) {
+      const std::int64_t last = first + kRows < count ? first + kRows : count;
+      const std::int64_t end = visible + last - 1 < start + kKeys ? visible + last - 1 : start + kKeys;
+      const std::int64_t n = end - start;  // keys of this step that the tile's last row sees
+      if (n <= 0) continue;
+      const float* queries = block.queries + first * w.depth;
+      const float* panel = keys + start * w.depth;
+      for (std::int64_t p = 0; p < n; p += kPanel, panel += kPanel * w.depth) {
+        if (n - p > kLanes)
+          tile<kRows, 2, false>(queries, w.depth, panel, kPanel, w.depth, block.scores + p, kKeys);
+        else
+          tile<kRows, 1, false>(queries, w.depth, panel, kPanel, w.depth, block.scores + p, kKeys);
+      }
+      std::int64_t shared = visible + first - start;  // keys that every row of the tile sees
+      shared = shared < 0 ? 0 : shared < n ? shared : n;
+      float* rows = block.rows + first * w.padded;
+      for (std::int64_t i = first; i < last; ++i) {
+        const std::int64_t seen = visible + i - start < n ? visible + i - start : n;
+        if (seen > 0)
+          soften(block.scores + (i - first) * kKeys, seen, block.largest[i], block.total[i], block.rows + i * w.padded,
+                 w.padded);
+      }
+      const float* step = values + start * w.padded;
+      if (shared > 0)
+        for (std::int64_t d = 0; d < w.padded; d += kPanel)
+          tile<kRows, 2, true>(block.scores, kKeys, step + d, w.padded, shared, rows + d, w.padded);
+      for (std::int64_t i = first; i < last; ++i) {
+        const std::int64_t seen = visible + i - start < n ? visible + i - start : n;
+        if (seen <= shared) continue;
+        const float* weights = block.scores + (i - first) * kKeys + shared;
+        for (std::int64_t d = 0; d < w.padded; d += kPanel)
+          tile<1, 2, true>(weights, kKeys, step + shared * w.padded + d, w.padded, seen - shared,
+                           block.rows + i * w.padded + d, w.padded);
+      }
+    }
+  }
+}
+
+}  // namespace trtpass::TRTPASS_ISA

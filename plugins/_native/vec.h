@@ -1,0 +1,96 @@
+// Vectors of floats, as wide as the instruction set that this file is compiled for.
+//
+// Every kernel is compiled once for each instruction set, with TRTPASS_ISA naming a namespace of its own, so that the
+// linker never merges a function compiled for AVX-512 with one that must run without. Nothing here or in a kernel may
+// use a template of the standard library that is not inlined for sure: it would be such a shared function.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define TRTPASS_INLINE inline __attribute__((always_inline))
+
+namespace trtpass::TRTPASS_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;  // SSE2, NEON
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef std::int32_t IntVec __attribute__((vector_size(kLanes * sizeof(std::int32_t))));
+
+TRTPASS_INLINE Vec load(const float* from) {
+  Vec v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+TRTPASS_INLINE void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
+
+TRTPASS_INLINE Vec splat(float x) { return Vec{} + x; }
+
+// The larger of each pair; b where one of them is NaN.
+TRTPASS_INLINE Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (Vec)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+TRTPASS_INLINE Vec round_even(Vec x) {  // |x| < 2^22
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves no fraction bits
+  return (x + magic) - magic;
+}
+
+TRTPASS_INLINE float sum(Vec v) {  // pairwise, in a fixed order
+  float x[kLanes];
+  std::memcpy(x, &v, sizeof v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
+}
+
+TRTPASS_INLINE float largest(Vec v) {
+  float x[kLanes];
+  std::memcpy(x, &v, sizeof v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
+  return x[0];
+}
+
+// 2^x to 2e-7 of itself for x <= 127; at least 2^-126, never 0; NaN stays NaN.
+TRTPASS_INLINE Vec exp2(Vec x) {
+  x = larger(splat(-126.0f), x);
+  const Vec magic = splat(12582912.0f);
+  const Vec shifted = x + magic;  // its low bits hold round(x)
+  const Vec f = x - (shifted - magic);  // -0.5 .. 0.5
+  // Minimax over +-0.5 with p(0) = 1: relative error 6e-8 before rounding; Taylor would need one degree more.
+  Vec p = splat(1.322539989e-3f);
+  p = p * f + splat(9.675668553e-3f);
+  p = p * f + splat(5.550863966e-2f);
+  p = p * f + splat(2.402213067e-1f);
+  p = p * f + splat(6.931469440e-1f);
+  p = p * f + splat(1.0f);
+  IntVec scale, bits;
+  std::memcpy(&scale, &shifted, sizeof scale);
+  std::memcpy(&bits, &p, sizeof bits);
+  bits += scale << 23;
+  std::memcpy(&p, &bits, sizeof p);
+  return p;
+}
+
+}  // namespace trtpass::TRTPASS_ISA
