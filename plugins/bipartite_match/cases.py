@@ -35,18 +35,24 @@ def ties(rng: np.random.Generator, tokens: int, rows: int, width: int) -> tuple[
 
 
 def without_direction(pair: Pair, *values: float) -> Pair:
-    """A third of either side replaced by zero vectors or vectors with one of ``values`` in them."""
+    """A third of either side is zero vectors or vectors with one of ``values`` in them; no token was made from such."""
+
+    def spoil(rng: np.random.Generator, x: Array, chosen: Array) -> None:
+        for row in chosen:
+            value = rng.choice([0.0, *values])
+            if abs(value) < 1e-19:
+                x[row] = value
+            else:
+                x[row, rng.integers(x.shape[1])] = value
 
     def make(rng: np.random.Generator, tokens: int, rows: int, width: int) -> tuple[Array, Array]:
-        sides = pair(rng, tokens, rows, width)
-        for x in sides:
-            for row in rng.permutation(len(x))[: len(x) // 3]:
-                value = rng.choice([0.0, *values])
-                if abs(value) < 1e-19:
-                    x[row] = value
-                else:
-                    x[row, rng.integers(width)] = value
-        return sides
+        order = rng.permutation(rows)
+        bad, good = np.split(order, [rows // 3])
+        b = np.ones((rows, width))
+        a, b[np.sort(good)] = pair(rng, tokens, len(good), width)
+        spoil(rng, a, rng.permutation(tokens)[: tokens // 3])
+        spoil(rng, b, bad)
+        return a, b
 
     return make
 

@@ -1,8 +1,8 @@
 """ConnectedComponents in standard operators: the lowest index spreads over each component, doubling its reach.
 
-A node points at a root, at first itself. In a round each node looks for the lowest root among its neighbours' roots; what
-a tree of nodes found lowers the root of the whole tree (hooking), and pointers jump to the root's root. Without the
-hooking a chain whose lowest index is at one end would take a round for each node.
+A node points at a root, at first itself. In a round each node looks for the lowest root among its neighbours' roots;
+what the nodes of one root found lowers the root itself (hooking), and pointers jump to the root's root. Without hooking
+a chain whose lowest index is at one end could take a round for each node.
 
 One function without helpers: what onnx-ir inlines may take a name that a value inside the Loop has already.
 """
@@ -61,10 +61,11 @@ def ConnectedComponents(x: Floats, lengths: Int32, tau: float = 0.9) -> tuple[In
 
     # The head of a component has the largest (degree, -index), which is one integer.
     degree = op.ReduceSum(op.Cast(similar, to=7), axis2, keepdims=0)  # [B, S]
-    rank = degree * tokens + (tokens - one - wide_position)
+    base = op.Max(tokens, one)  # without tokens a divisor still
+    rank = degree * base + (tokens - one - wide_position)
     same = op.Unsqueeze(root, axis2) == op.Unsqueeze(root, axis1)  # [B, S, S]
     best = op.ReduceMax(op.Where(same, op.Unsqueeze(rank, axis1), minus_one), axis2, keepdims=0)  # [B, S]
-    head = op.Cast(tokens - one - (best - best / tokens * tokens), to=6)  # [B, S]
+    head = op.Cast(tokens - one - (best - best / base * base), to=6)  # [B, S]
     is_head = op.Cast(op.And(real, rank == best), to=6)
     number = op.CumSum(is_head, op.Constant(value_int=1), exclusive=1)
     label = op.Gather(op.Reshape(number, flat), first + head)

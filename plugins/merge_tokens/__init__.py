@@ -35,9 +35,9 @@ def merge_tokens(
 ]:
     """Each row r of ``base`` becomes the mean of itself and of the tokens whose target is r, weighted by size.
 
-    ``merged_size_r = base_size_r + sum size_i`` and ``merged_r = (base_size_r base_r + sum size_i x_i) / merged_size_r``,
-    over the i with ``target_i = r`` in ascending order, in float32. A value that is not finite reaches the row that its
-    token joins and no other.
+    ``merged_size_r = base_size_r + sum size_i`` and ``merged_r = (base_size_r base_r + sum size_i x_i) /
+    merged_size_r``, over the i with ``target_i = r`` in ascending order, in float32. A value that is not finite reaches
+    the row that its token joins and no other.
 
     Args:
         base: rows that tokens join `[B, R, E]`.
