@@ -26,29 +26,36 @@ struct Widths {
   std::int64_t value_floats(std::int64_t n) const { return round_up(n, kPanel) * padded; }
 };
 
-// Packs keys and values [first, first + kPanel) of n, of which fewer may be left; the rest of the panel is zero.
-// row(i) gives the place of the i-th key and value as {key, value}.
+// Packs keys [first, first + kPanel) of n into their panel; where fewer are left the rest of it is zero.
+// row(i) is the place of the i-th key.
+template <class Row>
+TRTPASS_INLINE void pack_keys(std::int64_t depth, Type type, std::int64_t first, std::int64_t n, const Row& row,
+                              float* keys) {
+  const std::int64_t count = n - first < kPanel ? n - first : kPanel;
+  float* panel = keys + first * depth;
+  float buffer[64];
+  for (std::int64_t j = 0; j < count; ++j) {
+    const char* key = static_cast<const char*>(row(first + j));
+    for (std::int64_t d = 0; d < depth; d += 64) {
+      const std::int64_t part = depth - d < 64 ? depth - d : 64;
+      read_row(buffer, key + d * static_cast<std::int64_t>(bytes_of(type)), type, part);
+      for (std::int64_t e = 0; e < part; ++e) panel[(d + e) * kPanel + j] = buffer[e];
+    }
+  }
+  for (std::int64_t d = 0; d < depth && count < kPanel; ++d)
+    for (std::int64_t j = count; j < kPanel; ++j) panel[d * kPanel + j] = 0.0f;
+}
+
+// Packs keys and values [first, first + kPanel) of n; row(i) is the Place of the i-th.
 template <class Row>
 TRTPASS_INLINE void pack_panel(const Widths& w, Type type, std::int64_t first, std::int64_t n, const Row& row,
                                float* keys, float* values) {
-  const std::int64_t count = n - first < kPanel ? n - first : kPanel;
-  float* panel = keys + first * w.depth;
-  float buffer[64];
-  for (std::int64_t j = 0; j < kPanel; ++j) {
-    float* value = values + (first + j) * w.padded;
-    if (j >= count) {
-      for (std::int64_t d = 0; d < w.depth; ++d) panel[d * kPanel + j] = 0.0f;
-      zero_row(value, Type::float32, w.padded);
-      continue;
-    }
-    const auto at = row(first + j);
-    for (std::int64_t d = 0; d < w.depth; d += 64) {
-      const std::int64_t part = w.depth - d < 64 ? w.depth - d : 64;
-      read_row(buffer, static_cast<const char*>(at.key) + d * static_cast<std::int64_t>(bytes_of(type)), type, part);
-      for (std::int64_t e = 0; e < part; ++e) panel[(d + e) * kPanel + j] = buffer[e];
-    }
-    read_row(value, at.value, type, w.values);
-    zero_row(value + w.values, Type::float32, w.padded - w.values);
+  pack_keys(w.depth, type, first, n, [&](std::int64_t i) { return row(i).key; }, keys);
+  for (std::int64_t i = first; i < first + kPanel; ++i) {
+    float* value = values + i * w.padded;
+    if (i < n) read_row(value, row(i).value, type, w.values);
+    const std::int64_t from = i < n ? w.values : 0;
+    zero_row(value + from, Type::float32, w.padded - from);
   }
 }
 
