@@ -43,8 +43,9 @@ def causal_attention(
     """
     from torch.nn.functional import scaled_dot_product_attention
 
-    wide = (x.float() for x in (q, k, v))
-    return scaled_dot_product_attention(*wide, is_causal=True, scale=scale or None, enable_gqa=True).to(q.dtype)
+    query, key, value = q.float(), k.float(), v.float()
+    out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale or None, enable_gqa=True)
+    return out.to(q.dtype)
 
 
 OP = causal_attention
