@@ -32,18 +32,28 @@ template <class Row>
 TRTPASS_INLINE void pack_keys(std::int64_t depth, Type type, std::int64_t first, std::int64_t n, const Row& row,
                               float* keys) {
   const std::int64_t count = n - first < kPanel ? n - first : kPanel;
+  const std::int64_t whole = depth / kLanes * kLanes;
+  const std::int64_t step = kLanes * static_cast<std::int64_t>(bytes_of(type));
   float* panel = keys + first * depth;
-  float buffer[64];
-  for (std::int64_t j = 0; j < count; ++j) {
-    const char* key = static_cast<const char*>(row(first + j));
-    for (std::int64_t d = 0; d < depth; d += 64) {
-      const std::int64_t part = depth - d < 64 ? depth - d : 64;
-      read_row(buffer, key + d * static_cast<std::int64_t>(bytes_of(type)), type, part);
-      for (std::int64_t e = 0; e < part; ++e) panel[(d + e) * kPanel + j] = buffer[e];
+  float tail[kLanes];
+  for (std::int64_t half = 0; half < kPanel; half += kLanes) {
+    const char* places[kLanes];
+    for (std::int64_t j = 0; j < kLanes; ++j)
+      places[j] = half + j < count ? static_cast<const char*>(row(first + half + j)) : nullptr;
+    for (std::int64_t d = 0; d < whole; d += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) block[j] = places[j] == nullptr ? Vec{} : load_as(places[j] + d / kLanes * step, type);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int e = 0; e < kLanes; ++e) store(panel + (d + e) * kPanel + half, block[e]);
+    }
+    for (std::int64_t j = 0; j < kLanes && whole < depth; ++j) {
+      for (std::int64_t e = 0; e < kLanes; ++e) tail[e] = 0.0f;
+      if (places[j] != nullptr) read_row(tail, places[j] + whole / kLanes * step, type, depth - whole);
+      for (std::int64_t e = 0; e < depth - whole; ++e) panel[(whole + e) * kPanel + half + j] = tail[e];
     }
   }
-  for (std::int64_t d = 0; d < depth && count < kPanel; ++d)
-    for (std::int64_t j = count; j < kPanel; ++j) panel[d * kPanel + j] = 0.0f;
 }
 
 // Packs keys and values [first, first + kPanel) of n; row(i) is the Place of the i-th.
@@ -158,9 +168,13 @@ inline void attend(const Widths& w, const Block& block, std::int64_t count, std:
         const std::int64_t seen = visible + i - start < n ? visible + i - start : n;
         if (seen <= shared) continue;
         const float* weights = block.scores + (i - first) * kKeys + shared;
-        for (std::int64_t d = 0; d < w.padded; d += kPanel)
-          tile<1, 2, true>(weights, kKeys, step + shared * w.padded + d, w.padded, seen - shared,
-                           block.rows + i * w.padded + d, w.padded);
+        const float* own = step + shared * w.padded;
+        float* row = block.rows + i * w.padded;
+        std::int64_t d = 0;
+        for (; d + 2 * kPanel <= w.padded; d += 2 * kPanel)
+          tile<1, 4, true>(weights, kKeys, own + d, w.padded, seen - shared, row + d, w.padded);
+        for (; d < w.padded; d += kPanel)
+          tile<1, 2, true>(weights, kKeys, own + d, w.padded, seen - shared, row + d, w.padded);
       }
     }
   }

@@ -44,6 +44,20 @@ TRTPASS_INLINE std::uint16_t to_half(float x) {
   return static_cast<std::uint16_t>(sign | ((bits - 0x38000000u) >> 13));
 }
 
+// The next kLanes values, as floats.
+TRTPASS_INLINE Vec load_as(const void* from, Type type) {
+  if (type == Type::float32) return load(static_cast<const float*>(from));
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = from_half(static_cast<const std::uint16_t*>(from)[i]);
+  return v;
+#endif
+}
+
 // to[0, n) = from[0, n) * factor.
 TRTPASS_INLINE void read_row(float* to, const void* from, Type type, std::int64_t n, float factor = 1.0f) {
   if (type == Type::float32) {
@@ -53,13 +67,7 @@ TRTPASS_INLINE void read_row(float* to, const void* from, Type type, std::int64_
   }
   const std::uint16_t* source = static_cast<const std::uint16_t*>(from);
   std::int64_t i = 0;
-#if defined(__AVX512F__)
-  for (; i + 16 <= n; i += 16)
-    store(to + i, (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i))) * factor);
-#elif defined(__F16C__)
-  for (; i + 8 <= n; i += 8)
-    store(to + i, (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))) * factor);
-#endif
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load_as(source + i, type) * factor);
   for (; i < n; ++i) to[i] = from_half(source[i]) * factor;
 }
 

@@ -93,4 +93,29 @@ TRTPASS_INLINE Vec exp2(Vec x) {
   return p;
 }
 
+// Exchanges the off-diagonal blocks of size S within each 2S x 2S block of lanes and rows.
+template <int S>
+TRTPASS_INLINE void exchange(Vec (&rows)[kLanes]) {
+  IntVec low, high;  // lane l of the two: from the first row 0 .. kLanes - 1, from the second kLanes ..
+  for (int l = 0; l < kLanes; ++l) {
+    low[l] = l & S ? kLanes + l - S : l;
+    high[l] = l & S ? kLanes + l : l + S;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & S) continue;
+    const Vec a = rows[i], b = rows[i + S];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + S] = __builtin_shuffle(a, b, high);
+  }
+}
+
+// rows[i][j] to rows[j][i], in registers.
+TRTPASS_INLINE void transpose(Vec (&rows)[kLanes]) {
+  exchange<1>(rows);
+  exchange<2>(rows);
+  if constexpr (kLanes > 4) exchange<4>(rows);
+  if constexpr (kLanes > 8) exchange<8>(rows);
+}
+
 }  // namespace trtpass::TRTPASS_ISA
