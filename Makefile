@@ -11,13 +11,14 @@ PASSES ?=
 TARGET ?= cpu
 SM ?=
 OUT ?= engines
+HEADERS ?=
 
-.PHONY: help setup weights corpus engine test check test-gpu golden bench clean distclean
+.PHONY: help setup weights corpus native engine test check test-gpu golden bench clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: .venv/.installed weights corpus  ## everything that a fresh machine needs, once (PYTHON=python3.12 to choose one)
+setup: .venv/.installed weights corpus native  ## everything that a fresh machine needs, once (PYTHON=python3.12 to choose one)
 	@echo "ready: make engine MODEL=smollm2-135m"
 
 .venv/.installed: pyproject.toml scripts/make_venv.sh
@@ -30,6 +31,10 @@ weights: .venv/.installed
 
 corpus:
 	@scripts/fetch_corpus.sh .cache/corpus
+
+native: .venv/.installed  ## the library of native CPU kernels (HEADERS=folder that has onnxruntime_c_api.h)
+	@[[ -n "$(HEADERS)" ]] || scripts/fetch_headers.sh .cache/headers
+	@$(BIN)/python -m trtpass.native_build $(if $(HEADERS),--headers "$(HEADERS)")
 
 engine: .venv/.installed  ## build and prove an engine: MODEL=name|folder|file.onnx [PASSES="a b"] [TARGET=cpu] [SM=89]
 	@$(BIN)/trtpass build "$(MODEL)" $(foreach pass,$(PASSES),-p "$(pass)") --target "$(TARGET)" --sm "$(SM)" --out "$(OUT)"

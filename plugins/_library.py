@@ -9,7 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from trtpass.errors import InputError
-from trtpass.op import DOMAIN, Op
+from trtpass.op import DOMAIN, VERSION, Op
 
 if TYPE_CHECKING:
     import onnx
@@ -79,3 +79,42 @@ def function(op: Op, kind: str) -> ir.Function:
     import onnx_ir as ir
 
     return ir.serde.deserialize_function(function_proto(op, kind))
+
+
+def swapped_function(op: Op, kind: str) -> ir.Function:
+    """An operator on tensors that lie as ``[B, S, N, D]``: the operator between transposes of all that has four axes.
+
+    Its domain is ``trtpass.bshd``; it calls the operator's own function, which the model must hold too.
+    """
+    import onnx_ir as ir
+
+    def turned(value: ir.Value, name: str) -> ir.Node:
+        node = ir.node("Transpose", [value], attributes={"perm": [0, 2, 1, 3]}, name=f"turn_{name}")
+        node.outputs[0].name = name
+        return node
+
+    given = [ir.Value(name=port.name) for port in op.inputs]
+    nodes: list[ir.Node] = []
+    read = []
+    for port, value in zip(op.inputs, given, strict=True):
+        if len(port.axes) == 4:
+            nodes.append(turned(value, f"{port.name}_bhsd"))
+            value = nodes[-1].outputs[0]
+        read.append(value)
+    types = {int: ir.AttributeType.INT, float: ir.AttributeType.FLOAT}
+    attributes = [ir.RefAttr(a.name, a.name, types[a.type]) for a in op.attrs]
+    call = ir.Node(DOMAIN, op.name, read, attributes, num_outputs=len(op.outputs), name=op.name)
+    nodes.append(call)
+    made = []
+    for port, value in zip(op.outputs, call.outputs, strict=True):
+        wide = len(port.axes) == 4
+        value.name = f"{port.name}_bhsd" if wide else port.name
+        if wide:
+            nodes.append(turned(value, port.name))
+            value = nodes[-1].outputs[0]
+        made.append(value)
+    proto_opset = function_proto(op, kind).opset_import
+    opsets = {**{entry.domain: entry.version for entry in proto_opset}, DOMAIN: VERSION}
+    graph = ir.Graph(given, made, nodes=nodes, opset_imports=opsets, name=f"{op.name}_bshd")
+    declared = [ir.Attr(a.name, types[a.type], None) for a in op.attrs]
+    return ir.Function(f"{DOMAIN}.bshd", op.name, graph=graph, attributes=declared)

@@ -59,6 +59,7 @@ class Request:
         sm: compute capabilities of a TensorRT-RTX plan, such as ``("SM89",)``; empty means all that can be built.
         out: folder of all engines.
         logits: ``last`` or ``all`` tokens from the engine's graphs.
+        kernels: False leaves native kernels out of a CPU engine, for a machine that will not have their library.
     """
 
     model: str
@@ -67,6 +68,7 @@ class Request:
     sm: tuple[str, ...] = ()
     out: Path = Path("engines")
     logits: str = "last"
+    kernels: bool = True
 
 
 def build(request: Request, report: Report = silent) -> tuple[Manifest, Path]:
@@ -99,7 +101,7 @@ def build(request: Request, report: Report = silent) -> tuple[Manifest, Path]:
         report("checking", 0.45)
         probe = probe_for(loaded, dense, pipeline)
         ladder = Ladder(work, dense, rewritten, pipeline, results, probe, loaded.module, loaded.onnx)
-        checks = check_ladder(ladder, request.target, report)
+        checks = check_ladder(ladder, request.target, report, request.kernels)
         _save_example(ladder, work)
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(work)
@@ -116,6 +118,7 @@ def build(request: Request, report: Report = silent) -> tuple[Manifest, Path]:
             artifacts=[artifact(work, p) for p in sorted(work.iterdir()) if p.is_file() and not p.name.startswith(".")],
             checks=checks,
             lowering=lowering,
+            kernels=request.kernels,
             raised=raised.counts,
             near_misses=list(raised.near_misses),
             versions=versions(),
@@ -200,7 +203,7 @@ def _lower(
         return write_plans(request.sm, request.logits, dense, rewritten, work, context, report)
     lines: dict[str, int] = {}
     for name, source, phase in ((PREFILL, rewritten, "prefill"), (DECODE, dense, "decode")):
-        lowered = lower(insert_cache(source, phase, logits=request.logits), request.target)
+        lowered = lower(insert_cache(source, phase, logits=request.logits), request.target, request.kernels)
         _write(lowered.model, work / name)
         for d in lowered.decisions:
             text = f"{phase}: {d.decision} ({d.reason})"
@@ -234,7 +237,7 @@ def token_row(loaded: Loaded, dense: ir.Model, count: int, seed: int) -> np.ndar
     return np.random.default_rng(seed).integers(0, vocabulary, count).astype(np.int64)
 
 
-def check_ladder(ladder: Ladder, target: str, report: Report = silent) -> Checks:
+def check_ladder(ladder: Ladder, target: str, report: Report = silent, kernels: bool = True) -> Checks:
     """All three checks; a plan that cannot run here says so."""
     report("checking torch = raised ONNX", 0.45)
     export = ladder.export()
@@ -247,7 +250,7 @@ def check_ladder(ladder: Ladder, target: str, report: Report = silent) -> Checks
             "Not proved here: float16 numbers, the fused kernels, and speed"
         )
     else:
-        engine = ladder.engine(target)
+        engine = ladder.engine(target, kernels)
     return Checks(export=export, rewrite=rewrite, engine=engine)
 
 

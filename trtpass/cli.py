@@ -58,6 +58,9 @@ def build_command(
     sm: Annotated[str, typer.Option(help="Compute capabilities of a plan, such as 89 or 80,89. Default: all.")] = "",
     out: Annotated[Path, typer.Option(help="Folder of all engines.")] = Path("engines"),
     logits: Annotated[str, typer.Option(help="last (of each row) or all tokens.")] = "last",
+    kernels: Annotated[
+        bool, typer.Option(help="Native kernels in a CPU engine; without, for a machine that has no library of them.")
+    ] = True,
     json: Json = False,
 ) -> None:
     """Build an engine and prove it. Without MODEL: list what is known."""
@@ -75,7 +78,7 @@ def build_command(
     if logits not in ("last", "all"):
         raise InputError(f"--logits {logits}", "last or all")
     chosen: list[str] | None = [] if dense or passes == ["none"] else passes
-    request = Request(model, chosen, target, tuple(s.strip() for s in sm.split(",") if s.strip()), out, logits)
+    request = Request(model, chosen, target, tuple(s.strip() for s in sm.split(",") if s.strip()), out, logits, kernels)
     with bar(f"building {model if model in known() else Path(model).name}") as report:
         manifest, folder = build(request, report)
     _print(manifest.model_dump(mode="json") if json else manifest, json, lambda m: render(m, folder))

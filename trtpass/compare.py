@@ -16,13 +16,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from trtpass import native
 from trtpass.anchors import find
 from trtpass.errors import InputError
 from trtpass.manifest import Check
 from trtpass.passes import Pass, PassResult, Site
 from trtpass.passes.cache import insert_cache
 from trtpass.passes.logits import LastLogits
-from trtpass.passes.lower import lower
+from trtpass.passes.lower import TARGET_KEY, lower
 from trtpass.twin import TokenSparseTwin, TorchRun, run_dense
 from trtpass.variants import SELECTION, expose, expose_hidden, expose_selections, feeds, force_selections, sites_of
 
@@ -100,24 +101,30 @@ def difference(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray], 
 def run_onnx(
     model: ir.Model, folder: Path, feed: Mapping[str, np.ndarray], threads: int | None = None
 ) -> dict[str, np.ndarray]:
-    """Run a model whose weights are external files of ``folder`` on ONNX Runtime's CPU provider."""
+    """Run a model whose weights are external files of ``folder`` on ONNX Runtime's CPU provider.
+
+    Only a graph that was lowered has native kernels: a rewritten one is the bodies of its operators.
+    """
     from polygraphy.backend.onnxrt import OnnxrtRunner
     from polygraphy.logger import G_LOGGER
 
     path = folder / ".check.onnx"
+    lowered = model.metadata_props.get(TARGET_KEY) == "cpu"
     onnx.save_model(ir.to_proto(model), str(path))
     try:
-        with G_LOGGER.verbosity(G_LOGGER.CRITICAL), OnnxrtRunner(lambda: session(path, threads)) as runner:
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL), OnnxrtRunner(lambda: session(path, threads, lowered)) as runner:
             return {name: np.array(value) for name, value in runner.infer(dict(feed)).items()}
     finally:
         path.unlink(missing_ok=True)
 
 
-def session(path: Path, threads: int | None = None) -> Any:
-    """An ONNX Runtime CPU session; errors of the runtime become one InputError."""
+def session(path: Path, threads: int | None = None, kernels: bool = False) -> Any:
+    """An ONNX Runtime CPU session, with native kernels or without; errors of the runtime become one InputError."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    if kernels:
+        native.register(options)
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -280,7 +287,7 @@ class Ladder:
         gap = difference(left, right, ATOL, RTOL)
         return self._judge(gap, free, self._pruned(), "each site against its reference (there is no torch model)")
 
-    def engine(self, target: str) -> Check:
+    def engine(self, target: str, kernels: bool = True) -> Check:
         """C = E: the rewritten graph and the lowered prefill graph with C's selections forced; its free choices; the
         cache that it writes; and one dense pass through the decode graph."""
         reference = self.rewritten.clone()
@@ -300,7 +307,7 @@ class Ladder:
         expose_hidden(lowered)
         names = force_selections(lowered, self.sites)
         expose_selections(lowered, self.sites)
-        prefill = lower(insert_cache(lowered, "prefill"), target).model
+        prefill = lower(insert_cache(lowered, "prefill"), target, kernels).model
         got = self._run(prefill, hidden, {**self._empty(prefill, sequence), **feeds(names, self.sites, expected)})  # type: ignore[dict-item]
         left = {**_main(got), **{name: self._valid_cache(got[name]) for name in keys}}
         right = {**_main(expected), **{name: self._valid_cache(expected[key]) for name, key in keys.items()}}
@@ -308,16 +315,16 @@ class Ladder:
             read_selections(self.sites, got), read_selections(self.sites, expected), self.probe.lengths, self.protected
         )
         check = self._numeric(left, right, free if self.sites else None, pruned=self._pruned() if self.sites else None)
-        return check if check.status == "failed" else self._decode(check, target)
+        return check if check.status == "failed" else self._decode(check, target, kernels)
 
-    def _decode(self, check: Check, target: str) -> Check:
+    def _decode(self, check: Check, target: str, kernels: bool) -> Check:
         """The decode graph from an empty cache is the dense model."""
         count = min(int(self.probe.lengths[0]), 64)
         short = Probe(self.probe.input_ids[:1, :count], np.array([count], np.int32))
         dense = self.dense.clone()
         LastLogits()(dense)
         expected = run_onnx(dense, self.folder, short.feed(dense))
-        decode = lower(insert_cache(self.dense, "decode"), target).model
+        decode = lower(insert_cache(self.dense, "decode"), target, kernels).model
         feed = {**self._empty(decode, count + 8, 1), "past_lengths": np.zeros(1, np.int32), **short.feed(decode)}
         gap = difference(
             {"logits": run_onnx(decode, self.folder, feed)["logits"]}, {"logits": expected["logits"]}, ATOL, RTOL

@@ -205,6 +205,19 @@ def _compiler() -> tuple[str, str, str]:
     return OK, path, ""
 
 
+def _native() -> tuple[str, str, str]:
+    from trtpass import native, native_build
+
+    library = native.find()
+    if isinstance(library, native.Library):
+        number = len(library.operators)
+        return OK, f"{number} operators, {native.isa()} on this machine (compiled: {', '.join(library.isas)})", ""
+    tools = native_build.toolchain()
+    reason = library.partition(": make")[0]
+    means = f"{reason}: bodies of standard operators take their place, slower"
+    return (MISSING, means, "make native") if isinstance(tools, native_build.Toolchain) else (MISSING, means, tools)
+
+
 def _triton() -> tuple[str, str, str]:
     status, means, todo = _package("triton", "compiles and interprets kernels without a GPU", "kernels")
     if status == MISSING:
@@ -267,6 +280,7 @@ PROBES: dict[str, Callable[[], tuple[str, str, str]]] = {
     "target tensorrt": _tensorrt,
     "gpu": _gpu,
     "c++ compiler": _compiler,
+    "native kernels": _native,
     "triton": _triton,
     "weights of smollm2-135m": _weights,
     "english text": _corpus,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from trtpass import native
 from trtpass.errors import InputError
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class Manifest(_Strict):
     checks: Checks
     quality: Quality | None = None
     lowering: list[str] = []
+    kernels: bool = True  # whether native kernels may be used, where they fit
     raised: dict[str, int] = {}
     near_misses: list[str] = []
     versions: dict[str, str]
@@ -148,6 +150,9 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    library = native.find()
+    if isinstance(library, native.Library):
+        found["native kernels"] = f"{native.fingerprint()} by {library.compiler}, {native.isa()}"
     return found
 
 

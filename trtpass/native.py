@@ -98,6 +98,15 @@ def _loaded() -> Any:
     return library
 
 
+def register(options: Any) -> bool:
+    """Register the library, where there is one, with ONNX Runtime's session options: nodes without it run as bodies."""
+    library = find()
+    if isinstance(library, str):
+        return False
+    options.register_custom_ops_library(str(library.path))
+    return True
+
+
 def isa() -> str:
     """The instruction set that the kernels use on this machine.
 

@@ -10,11 +10,15 @@ import json
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from trtpass import native
 from trtpass.errors import InputError, TrtpassError
@@ -204,3 +208,35 @@ def _port(port: Port) -> str:
     axes = ", ".join(f'"{axis}"' for axis in port.axes)
     floating = "true" if native.is_floating(port) else "false"
     return f'{{"{port.name}", {{{axes}}}, {len(port.axes)}, {floating}, Type::{port.dtypes[0]}}}'
+
+
+def main(
+    headers: Annotated[
+        Path | None, typer.Option(help="folder that has onnxruntime_c_api.h; default: looked for")
+    ] = None,
+    compiler: Annotated[str | None, typer.Option(help=f"default: the first of {', '.join(COMPILERS)}")] = None,
+) -> None:
+    """Build the library of native kernels, unless it is up to date; without a compiler or headers, say so and go on."""
+    found = native.find()
+    if isinstance(found, native.Library):
+        return
+    tools = toolchain(headers, compiler)
+    if isinstance(tools, str):
+        print(
+            f"note: native kernels are not built, bodies of standard operators take their place: {tools}",
+            file=sys.stderr,
+        )
+        if headers or compiler:
+            raise SystemExit(2)
+        return
+    print(f"building the library of native kernels with {tools.compiler}")
+    try:
+        build(tools)
+    except TrtpassError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from error
+    print(f"native kernels: {', '.join(native.need().operators)} ({native.isa()} here)")
+
+
+if __name__ == "__main__":
+    typer.run(main)

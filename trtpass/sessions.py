@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtpass.errors import InputError
+from trtpass.native import register
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -63,6 +64,7 @@ def open_session(source: Source, provider: str, threads: int | None = None, extr
 
     options = ort.SessionOptions()
     options.log_severity_level = 2
+    register(options)
     if threads is not None:
         options.intra_op_num_threads = threads
     model: str | bytes

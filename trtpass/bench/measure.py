@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trtpass import native
 from trtpass.errors import CheckFailed, InputError
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class Graph:
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        native.register(options)
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)

@@ -38,7 +38,7 @@ def attention_to_contrib(model: ir.Model) -> list[Choice]:
     lengths = _Lengths(model.graph)
     choices: list[Choice] = []
     for node in [n for n in model.graph.all_nodes() if is_op(n, "Attention")]:
-        site = _match(node)
+        site = match(node)
         label = " / ".join(filter(None, (node.metadata_props.get(f"{DOMAIN}.site"), node.name)))
         if isinstance(site, str):
             choices.append((label, "Attention", site))
@@ -76,7 +76,7 @@ class _Site:
     why: str
 
 
-def _match(node: ir.Node) -> _Site | str:
+def match(node: ir.Node) -> _Site | str:
     """The site, or the reason in words why the node stays an Attention."""
     inputs = [*node.inputs, *[None] * (7 - len(node.inputs))]
     q, k, v, mask, past_key, past_value, visible = inputs[:7]
@@ -192,13 +192,13 @@ class _Lengths:
             "Expand", [last.outputs[0], batch.outputs[0]], [(f"{name}.seqlens", ir.DataType.INT32, shape[:1])]
         )
         total = make_node("Squeeze", [cast.outputs[0], self.axis], [(f"{name}.total", ir.DataType.INT32, [])])
-        _graph(before).insert_before(before, [batch, size, cast, last, rows, total])
+        graph_of(before).insert_before(before, [batch, size, cast, last, rows, total])
         if shared:
             self.made[flat] = rows.outputs[0], total.outputs[0]
         return rows.outputs[0], total.outputs[0]
 
 
-def _graph(node: ir.Node) -> ir.Graph:
+def graph_of(node: ir.Node) -> ir.Graph:
     if not isinstance(node.graph, ir.Graph):
         raise ValueError(f"node '{node.name}' is not in a graph")
     return node.graph
@@ -234,7 +234,7 @@ def _replace(node: ir.Node, site: _Site, lengths: _Lengths) -> None:
         "GroupQueryAttention", [q, k, v, *past, seqlens, total], outputs, attributes, domain=CONTRIB, name=node.name
     )  # fmt: skip
     made.metadata_props.update(node.metadata_props)
-    graph = _graph(node)
+    graph = graph_of(node)
     graph.insert_before(node, made)
     _unflatten(node, made.outputs[0], site, lengths.graph)
     for write, present in zip(site.writes or (), made.outputs[1:], strict=False):
@@ -249,7 +249,7 @@ def _replace(node: ir.Node, site: _Site, lengths: _Lengths) -> None:
 
 def _flat(value: ir.Value, count: int, width: int, before: ir.Node, role: str, main: ir.Graph) -> ir.Value:
     """``[B, N, S, D]`` to ``[B, S, N*D]``, without moving data where the value was transposed from ``[B, S, N, D]``."""
-    name, graph, shape = f"{before.name}.{role}", _graph(before), dims(value) or [None] * 4
+    name, graph, shape = f"{before.name}.{role}", graph_of(before), dims(value) or [None] * 4
     merged = [shape[0], shape[2], count * width]
     rope = value.producer()
     inner = rope.inputs[0] if rope is not None and is_op(rope, "RotaryEmbedding") and len(rope.inputs) == 3 else None
@@ -288,7 +288,7 @@ def _untransposed(value: ir.Value) -> ir.Value | None:
 
 def _unflatten(node: ir.Node, flat: ir.Value, site: _Site, main: ir.Graph) -> None:
     """Give the consumers of ``node``'s output ``[B, H, S, D]`` theirs from ``flat [B, S, H*D]``."""
-    old, graph, shape = node.outputs[0], _graph(node), dims(flat) or [None] * 3
+    old, graph, shape = node.outputs[0], graph_of(node), dims(flat) or [None] * 3
     target = constant(
         main, f"gqa.heads{site.heads}x{site.head_dim}", np.array([0, 0, site.heads, site.head_dim], np.int64)
     )
