@@ -1,4 +1,4 @@
-// Where items, taken in ascending order of value, reach a target: found by one histogram and a bisection, without a sort.
+// Where items, taken in ascending order of value, reach a target: one histogram and a bisection instead of a sort.
 //
 // The histogram leaves the items of one bucket, usually a few in a hundred; the bisection runs over those alone, with
 // vector compares. Equal values, however many, cost nothing more: at worst everything is in one bucket, and about 20
@@ -30,10 +30,11 @@ TRTPASS_INLINE std::int64_t weigh(const std::uint32_t* values, std::int64_t n, s
   return static_cast<std::int64_t>(sum);
 }
 
-// to[0, return) = items[i] for the i in [0, n) with first <= marks[i] <= last, in order; at most `room` of them, and no
-// element of `to` behind them is written. `items` null: i + start itself. Stops early when `to` is full.
-TRTPASS_INLINE std::int64_t filter(std::uint32_t* to, std::int64_t room, const std::uint32_t* items, std::uint32_t start,
-                                   const std::uint32_t* marks, std::int64_t n, std::uint32_t first, std::uint32_t last) {
+// to[0, return) = items[i] for the i in [0, n) with first <= marks[i] <= last, in order, at most `room` of them; nothing
+// from to[room] on is touched. `items` null: start + i itself.
+TRTPASS_INLINE std::int64_t filter(std::uint32_t* to, std::int64_t room, const std::uint32_t* items,
+                                   std::uint32_t start, const std::uint32_t* marks, std::int64_t n, std::uint32_t first,
+                                   std::uint32_t last) {
   std::int64_t kept = 0, i = 0;
 #if defined(__AVX512F__)
   const __m512i count_up = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -48,7 +49,8 @@ TRTPASS_INLINE std::int64_t filter(std::uint32_t* to, std::int64_t room, const s
                              ? _mm512_loadu_si512(items + i)
                              : _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(start + i)), count_up);
     // Compressed in a register, then stored: compressing into memory is microcode on Zen 4.
-    _mm512_mask_storeu_epi32(to + kept, static_cast<__mmask16>((1u << found) - 1u), _mm512_maskz_compress_epi32(mask, item));
+    _mm512_mask_storeu_epi32(to + kept, static_cast<__mmask16>((1u << found) - 1u),
+                             _mm512_maskz_compress_epi32(mask, item));
     kept += found;
   }
 #endif
@@ -114,7 +116,7 @@ TRTPASS_INLINE Cut find_cut(const std::uint32_t* values, std::int64_t n, std::in
     left += filter(memory.candidates + left, n - left, values + at, 0, chunk, size, wanted, wanted);
   }
 
-  // Invariant: items below `low` weigh `under`, less than the target, with those before the bucket; up to `high`, at least.
+  // Invariant: all items below `low` weigh `under`, less than the target; all up to `high` weigh at least the target.
   std::uint32_t low = 0xffffffffu, high = 0;
   for (std::int64_t i = 0; i < left; ++i) {
     low = memory.candidates[i] < low ? memory.candidates[i] : low;

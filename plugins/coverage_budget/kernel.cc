@@ -1,4 +1,4 @@
-// CoverageBudget: columns' shares of the mass as integers, over all threads; then each row's cut by a histogram of them.
+// CoverageBudget: columns' shares of the mass as integers, on all threads; then each row's cut, by a histogram of them.
 #include "call.h"
 #include "select.h"
 
