@@ -17,8 +17,8 @@ constexpr int kRun = 64;                        // slots taken at once at most: 
 constexpr int kGroup = kLanes == 16 ? 4 : 3;  // rows held in registers: 4 keys x kGroup sums, or kGroup x 4 (2) sums
 constexpr int kAcross = kLanes == 16 ? 4 : 2;   // vectors of a value's row held in registers
 constexpr int kScores = kPart + kLanes;         // row of scores; stores of whole vectors may end behind it
-constexpr int kAhead = 16;                      // slots between what is read and what is asked for
-constexpr int kLine = 16;                       // floats of a cache line
+constexpr int kAhead = 16384;                   // bytes between what is read and what is asked for
+constexpr int kLine = 64;                       // bytes of a cache line
 
 struct Owner {
   std::int64_t b, g;
@@ -73,6 +73,45 @@ TRTPASS_INLINE Run take(const Pool& pool, const std::int32_t* table, std::int64_
   return {buffer, count};
 }
 
+// Asks for the keys of a part and then for its values, a row at a time, so far before they are read that they are there.
+// Pages lie anywhere, and the processor's own prefetching ends with each. Into the second-level cache: the first has
+// fewer places for requests on their way than it takes to hide the time that memory needs. docs/native.md has figures.
+class Ahead {
+ public:
+  Ahead(const Pool& keys, const Pool& values, const Part& part)
+      : keys_(keys), values_(values), part_(part), pool_(&keys), slot_(part.start) {
+    enter();
+    for (std::int64_t bytes = 0; bytes < kAhead; bytes += row_bytes_) step();
+  }
+
+  TRTPASS_INLINE void step() {
+    if (left_ == 0) return;
+    for (std::int64_t at = 0; at < row_bytes_; at += kLine) __builtin_prefetch(row_ + at, 0, 2);
+    row_ += row_bytes_;
+    if (--left_ == 0) enter();
+  }
+
+ private:
+  void enter() {  // the page of slot_, or what comes after the last
+    if (slot_ == part_.end && pool_ == &keys_) {
+      pool_ = &values_;
+      slot_ = part_.start;
+    }
+    row_bytes_ = pool_->width * static_cast<std::int64_t>(bytes_of(pool_->pages.type));
+    if (slot_ == part_.end || row_bytes_ == 0) return;
+    row_ = static_cast<const char*>(pool_->row(part_.owner->table, slot_));
+    left_ = pool_->page_size - slot_ % pool_->page_size;
+    left_ = left_ < part_.end - slot_ ? left_ : part_.end - slot_;
+    slot_ += left_;
+  }
+
+  const Pool &keys_, &values_;
+  const Part& part_;
+  const Pool* pool_;
+  std::int64_t slot_, row_bytes_ = 0, left_ = 0;
+  const char* row_ = nullptr;
+};
+
 #if defined(__AVX512F__)
 #define TRTPASS_SUM_PAIRS(a, b)                                                                              \
   (__builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +                 \
@@ -114,18 +153,20 @@ TRTPASS_INLINE Vec join(const Vec* quads) {
 }
 
 // scores[R][kScores] from rows of queries and of keys, both [.][depth], for the first `count` of kLanes keys; what is
-// stored behind them is of no use. `ahead` is where to prefetch kLanes rows, or null.
+// stored behind them is of no use.
 template <int R>
-TRTPASS_INLINE void dots(const float* queries, const float* keys, std::int64_t depth, std::int64_t count,
-                         const float* ahead, float* scores) {
+TRTPASS_INLINE void dots(const float* queries, const float* keys, std::int64_t depth, std::int64_t count, Ahead* ahead,
+                         float* scores) {
   Vec quads[R][kLanes / 4];
 #pragma GCC unroll 4
   for (int part = 0; part < kLanes / 4; ++part) {
     const float* key[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) key[i] = keys + (4 * part + i < count ? 4 * part + i : count - 1) * depth;
-    if (ahead != nullptr)
-      for (std::int64_t d = 0; d < 4 * depth; d += kLine) __builtin_prefetch(ahead + 4 * part * depth + d);
+    for (int i = 0; i < 4; ++i) {
+      const bool real = 4 * part + i < count;
+      key[i] = keys + (real ? 4 * part + i : count - 1) * depth;
+      if (real && ahead != nullptr) ahead->step();
+    }
     Vec sums[R][4] = {};
     for (std::int64_t d = 0; d < depth; d += kLanes)
 #pragma GCC unroll 4
@@ -141,19 +182,17 @@ TRTPASS_INLINE void dots(const float* queries, const float* keys, std::int64_t d
   for (int r = 0; r < R; ++r) store(scores + r * kScores, join(quads[r]));
 }
 
-// rows[R][width] += weights[R][kScores] values[count][width], N vectors of width; prefetches `count` rows from `ahead`.
+// rows[R][width] += weights[R][kScores] values[count][width], for N vectors of width.
 template <int R, int N>
 TRTPASS_INLINE void weigh(const float* weights, const float* values, std::int64_t width, std::int64_t count,
-                          const float* ahead, float* rows) {
+                          Ahead* ahead, float* rows) {
   Vec sums[R][N];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) sums[r][j] = load(rows + r * width + j * kLanes);
   for (std::int64_t t = 0; t < count; ++t) {
-    if (ahead != nullptr)
-#pragma GCC unroll 4
-      for (int j = 0; j < N * kLanes; j += kLine) __builtin_prefetch(ahead + t * width + j);
+    if (ahead != nullptr) ahead->step();
     Vec value[N];
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) value[j] = load(values + t * width + j * kLanes);
@@ -170,12 +209,11 @@ TRTPASS_INLINE void weigh(const float* weights, const float* values, std::int64_
 
 template <int R>
 TRTPASS_INLINE void weigh_all(const float* weights, const float* values, std::int64_t width, std::int64_t count,
-                              const float* ahead, float* rows) {
+                              Ahead* ahead, float* rows) {
   std::int64_t d = 0;
-  const auto next = [&] { return ahead == nullptr ? nullptr : ahead + d; };
   for (; d + kAcross * kLanes <= width; d += kAcross * kLanes)
-    weigh<R, kAcross>(weights, values + d, width, count, next(), rows + d);
-  for (; d < width; d += kLanes) weigh<R, 1>(weights, values + d, width, count, next(), rows + d);
+    weigh<R, kAcross>(weights, values + d, width, count, d == 0 ? ahead : nullptr, rows + d);
+  for (; d < width; d += kLanes) weigh<R, 1>(weights, values + d, width, count, d == 0 ? ahead : nullptr, rows + d);
 }
 
 template <int R>
@@ -201,16 +239,13 @@ TRTPASS_INLINE void by_groups(std::int64_t rows, const F& f) {
     }
 }
 
-// Walks over slots [start, end) of an owner: f(offset from start, rows, count, the rows to be read after these or null).
+// Walks over the slots of a part: f(offset from its start, rows, count).
 template <class F>
-TRTPASS_INLINE void walk(const Pool& pool, const Part& part, float* buffer, const float* after, const F& f) {
-  const std::int32_t* table = part.owner->table;
+TRTPASS_INLINE void walk(const Pool& pool, const Part& part, float* buffer, const F& f) {
   for (std::int64_t slot = part.start; slot < part.end;) {
-    const Run run = take(pool, table, slot, part.end, buffer);
-    const std::int64_t next = slot + run.count;
-    const float* then = !pool.in_place || next >= part.end ? after : static_cast<const float*>(pool.row(table, next));
-    f(slot - part.start, run.rows, run.count, then);
-    slot = next;
+    const Run run = take(pool, part.owner->table, slot, part.end, buffer);
+    f(slot - part.start, run.rows, run.count);
+    slot += run.count;
   }
 }
 
@@ -234,7 +269,7 @@ struct Shapes {
   float scale;         // times log2(e)
 
   std::int64_t result_floats(const Owner& o) const {
-    return round_up(group * o.queries * (values.padded + 2), kLine);
+    return round_up(group * o.queries * (values.padded + 2), 16);
   }
 };
 
@@ -252,16 +287,12 @@ inline void attend_part(const Shapes& shapes, const Part& part, const Few& few) 
     zero_row(to + keys.width, Type::float32, depth - keys.width);
   }
 
-  const float* after = values.in_place ? static_cast<const float*>(values.row(o.table, part.start)) : nullptr;
-  walk(keys, part, few.buffer, after, [&](std::int64_t at, const float* run, std::int64_t count, const float* then) {
+  Ahead ahead(keys, values, part);
+  walk(keys, part, few.buffer, [&](std::int64_t at, const float* run, std::int64_t count) {
     by_groups(rows, [&](auto r, std::int64_t first) {
-      for (std::int64_t j = 0; j < count; j += kLanes) {
-        const float* ahead = j + kAhead < count ? run + (j + kAhead) * depth
-                             : then == nullptr  ? nullptr
-                                                : then + (j + kAhead - count) * depth;
-        dots<r.count>(few.queries + first * depth, run + j * depth, depth, count - j, first == 0 ? ahead : nullptr,
+      for (std::int64_t j = 0; j < count; j += kLanes)
+        dots<r.count>(few.queries + first * depth, run + j * depth, depth, count - j, first == 0 ? &ahead : nullptr,
                       few.scores + first * kScores + at + j);
-      }
     });
   });
 
@@ -276,18 +307,12 @@ inline void attend_part(const Shapes& shapes, const Part& part, const Few& few) 
     if (seen_by(i) > 0) soften(few.scores + i * kScores, seen_by(i), largest[i], total[i], nullptr, 0);
   }
 
-  walk(values, part, few.buffer, nullptr, [&](std::int64_t at, const float* run, std::int64_t count, const float* then) {
+  walk(values, part, few.buffer, [&](std::int64_t at, const float* run, std::int64_t count) {
     by_groups(rows, [&](auto r, std::int64_t first) {
-      const float* weights = few.scores + first * kScores + at;
-      float* to = sums + first * values.padded;
-      // Slots that the whole group sees, the last ones of them apart: what follows those lies elsewhere.
-      std::int64_t shared = seen_by(first) - at;
+      std::int64_t shared = seen_by(first) - at;  // slots that the whole group sees
       shared = shared < 0 ? 0 : shared < count ? shared : count;
-      const std::int64_t early = shared > kAhead ? shared - kAhead : 0;
-      const bool ask = first == 0;
-      weigh_all<r.count>(weights, run, values.padded, early, ask ? run + kAhead * values.padded : nullptr, to);
-      weigh_all<r.count>(weights + early, run + early * values.padded, values.padded, shared - early,
-                         ask ? then : nullptr, to);
+      weigh_all<r.count>(few.scores + first * kScores + at, run, values.padded, shared, first == 0 ? &ahead : nullptr,
+                         sums + first * values.padded);
       for (std::int64_t i = first; i < first + r.count; ++i) {  // those that only later queries see
         std::int64_t seen = seen_by(i) - at;
         seen = seen < count ? seen : count;
@@ -374,7 +399,7 @@ void attend_many(Call& call, const Shapes& shapes, const Owner* owners, std::int
   });
 
   const std::int64_t blocks = (queries + kBlock - 1) / kBlock, heads = owner_count * shapes.group;
-  const std::int64_t floats = round_up(Block::floats(w), kLine);
+  const std::int64_t floats = round_up(Block::floats(w), 16);
   float* memory = call.scratch_floats(floats * call.workers());
   call.parallel(heads * blocks, [&](std::int64_t unit, int worker) {
     const std::int64_t number = unit % heads / shapes.group;
