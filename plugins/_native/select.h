@@ -30,8 +30,8 @@ TRTPASS_INLINE std::int64_t weigh(const std::uint32_t* values, std::int64_t n, s
   return static_cast<std::int64_t>(sum);
 }
 
-// to[0, return) = items[i] for the i in [0, n) with first <= marks[i] <= last, in order, at most `room` of them; nothing
-// from to[room] on is touched. `items` null: start + i itself.
+// to[0, return) = items[i] for the i in [0, n) with first <= marks[i] <= last, in order, at most `room` of them; to[room]
+// and what lies behind it stays. `items` null: start + i itself.
 TRTPASS_INLINE std::int64_t filter(std::uint32_t* to, std::int64_t room, const std::uint32_t* items,
                                    std::uint32_t start, const std::uint32_t* marks, std::int64_t n, std::uint32_t first,
                                    std::uint32_t last) {

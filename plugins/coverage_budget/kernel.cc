@@ -57,7 +57,8 @@ TRTPASS_KERNEL(coverage_budget) {
          (long long)min_tokens);
   std::int64_t votes;
   if (__builtin_mul_overflow(heads, window, &votes))
-    fail("CoverageBudget has H = %lld, window=%lld; expected a product below 2^63", (long long)heads, (long long)window);
+    fail("CoverageBudget has H = %lld, window=%lld; expected a product below 2^63", (long long)heads,
+         (long long)window);
   for (std::int64_t b = 0; b < batch; ++b)
     if (lengths[b] < 0 || lengths[b] > tokens)
       fail("CoverageBudget.lengths holds %d; expected 0 to S = %lld", lengths[b], (long long)tokens);
