@@ -1,12 +1,16 @@
-"""``dense.attention``: which dense form is fastest here, and how near it is to the matmul peak."""
+"""``dense.attention``: which dense form is fastest here, and how near it is to the matmul peak.
+
+The fastest is the baseline of every sparse benchmark: the contrib GroupQueryAttention, or our own kernel in dense form.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from trtpass import native
 from trtpass.bench import layer
 from trtpass.bench.inputs import Layers, attention_rows
 from trtpass.bench.layer import Heads
@@ -14,7 +18,11 @@ from trtpass.bench.measure import Array, Call, Graph, Machine, interleave, poiso
 from trtpass.bench.record import Record, pairs, timed
 from trtpass.errors import InputError
 
-BASELINE = "com.microsoft::GroupQueryAttention, past and present in one buffer"
+CONTRIB, OWN = "GroupQueryAttention", "CausalAttention"
+BASELINES = {
+    CONTRIB: "com.microsoft::GroupQueryAttention, past and present in one buffer",
+    OWN: "trtpass::CausalAttention, the dense form of the same kernel, with the layer's cache written",
+}
 ATOL, RTOL = 2e-5, 1e-4  # rows are averages of v, a few units large; float32 sums of S terms
 ROWS = 8  # rows a head that the oracle computes
 
@@ -24,8 +32,10 @@ def run(lengths: Sequence[int], layers: Layers, h: Heads, machine: Machine, repe
     from trtpass.passes.lower import lower
 
     graphs = {
-        "GroupQueryAttention": Graph(layer.contrib(h), machine.threads),
-        "Attention-24, lowered": Graph(lower(layer.dense(h), "cpu").model, machine.threads),
+        **baselines(h, machine.threads),
+        "Attention-24, lowered to GroupQueryAttention": Graph(
+            lower(layer.dense(h), "cpu", kernels=False).model, machine.threads
+        ),
         "Attention-24": Graph(lower(layer.dense(h), "portable").model, machine.threads),
         "MultiHeadAttention": Graph(layer.multi_head(h), machine.threads),
     }
@@ -50,18 +60,39 @@ def run(lengths: Sequence[int], layers: Layers, h: Heads, machine: Machine, repe
             if row:
                 mine = {**params, "form": name}
                 records.append(
-                    timed("dense.attention", mine, BASELINE, seconds[row], seconds[0], None, machine.as_dict())
+                    timed(
+                        "dense.attention", mine, BASELINES[CONTRIB], seconds[row], seconds[0], None, machine.as_dict()
+                    )
                 )
-        records.append(_rate(params, pairs(tokens) * h.heads * 2 * h.width, seconds[0], machine))
+        for row, name in enumerate(sides):
+            if name in BASELINES:
+                records.append(_rate(name, params, pairs(tokens) * h.heads * 2 * h.width, seconds[row], machine))
     return records
 
 
-def _rate(params: dict[str, Any], operations: float, seconds: Array, machine: Machine) -> Record:
+def baselines(h: Heads, threads: int) -> dict[str, Graph]:
+    """The forms that may be the fastest: GroupQueryAttention, and our own where the library of kernels is here."""
+    from trtpass.passes.lower import lower
+
+    found = {CONTRIB: Graph(layer.contrib(h), threads)}
+    if isinstance(native.find(), native.Library):
+        found[OWN] = Graph(lower(layer.dense(h), "cpu").model, threads)
+    return found
+
+
+def fastest(graphs: Mapping[str, Graph], h: Heads, layers: Layers, tokens: int, clock: str) -> str:
+    """Which of them is, by the median of three rounds at this length."""
+    calls = [[baseline_call(graph, h, *layers.take(0, tokens))[0]] for graph in graphs.values()]
+    seconds = np.median(interleave(calls, 3, clock), axis=1)
+    return list(graphs)[int(seconds.argmin())]
+
+
+def _rate(form: str, params: dict[str, Any], operations: float, seconds: Array, machine: Machine) -> Record:
     rates = operations / seconds / 1e9
     ratios = rates / machine.matmul_gflops
     return Record(
         "dense.attention",
-        {**params, "form": "GroupQueryAttention, causal products only"},
+        {**params, "form": f"{form}, causal products only"},
         "matmul peak, float32 2048 x 2048 x 2048",
         "GFLOP/s",
         round(float(np.median(rates)), 1),

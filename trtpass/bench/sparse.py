@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from trtpass.bench import layer
-from trtpass.bench.dense import ATOL, BASELINE, ROWS, RTOL, baseline_call, check_dense
+from trtpass.bench.dense import ATOL, BASELINES, ROWS, RTOL, baseline_call, baselines, check_dense, fastest
 from trtpass.bench.inputs import Layers, attention_rows, check_selection
 from trtpass.bench.layer import Heads
 from trtpass.bench.measure import Array, Call, Graph, Machine, interleave, poisoned, require_close, sets_for
@@ -40,7 +40,7 @@ class Set:
 class Graphs:
     """Sessions that all lengths share."""
 
-    dense: Graph
+    dense: dict[str, Graph]
     scoring: dict[str, Graph]
     attending: dict[str, Graph]
     choosing: dict[str, Graph]
@@ -51,7 +51,7 @@ def sessions(h: Heads, threads: int) -> Graphs:
         return Graph(lower(model, "cpu").model, threads)
 
     return Graphs(
-        Graph(layer.contrib(h), threads),
+        baselines(h, threads),
         {s: made(layer.sparse(h, s)) for s in SELECT},
         {s: made(layer.sparse(h, s, scoring=False)) for s in SELECT},
         {s: made(layer.overhead(h, s)) for s in SELECT},
@@ -65,8 +65,12 @@ def run(
     graphs = sessions(h, machine.threads)
     records: list[Record] = []
     for tokens in lengths:
-        sets = _sets(graphs, h, layers, tokens)
-        params = {"tokens": tokens, "batch": 1, "threads": machine.threads, "window": h.window, "inputs": layers.source}
+        form = fastest(graphs.dense, h, layers, tokens, machine.clock)
+        sets = _sets(graphs.dense[form], form, h, layers, tokens)
+        params = {
+            "tokens": tokens, "batch": 1, "threads": machine.threads, "window": h.window, "dense": form,
+            "inputs": layers.source,
+        }  # fmt: skip
         fractions: list[float | str] = [*KEPT, *([OWN] if layers.real else [])]
         if "tsa.attention" in names:
             for fraction in fractions:
@@ -76,15 +80,15 @@ def run(
     return records
 
 
-def _sets(graphs: Graphs, h: Heads, layers: Layers, tokens: int) -> list[Set]:
+def _sets(dense: Graph, form: str, h: Heads, layers: Layers, tokens: int) -> list[Set]:
     sets = []
     for number in range(sets_for(h.bytes_a_set(1, tokens))):
         q, k, v = layers.take(number, tokens)
-        call, out = baseline_call(graphs.dense, h, q, k, v)
+        call, out = baseline_call(dense, h, q, k, v)
         checked = number < len(layers.qkv)
         if checked:
             call()
-            check_dense(f"GroupQueryAttention at {tokens} tokens", q, k, v, out, h)
+            check_dense(f"{form} at {tokens} tokens", q, k, v, out, h)
         sets.append(Set(q, k, v, call, checked))
     return sets
 
@@ -116,7 +120,9 @@ def _attention(
             "scoring": scoring, "select": select,
         }  # fmt: skip
         limit = attention_limit(tokens, kept[select], h.window if scoring else None)
-        records.append(timed("tsa.attention", mine, BASELINE, seconds[row], seconds[0], limit, machine.as_dict()))
+        records.append(
+            timed("tsa.attention", mine, BASELINES[params["dense"]], seconds[row], seconds[0], limit, machine.as_dict())
+        )
     return records
 
 
@@ -197,5 +203,7 @@ def _overhead(
         share = round(float(np.median(seconds[row] / seconds[0])), 4)
         mine = {**params, "keep": fraction, "select": select, "share": share}
         limit = (tokens + 1) / h.window
-        records.append(timed("tsa.overhead", mine, BASELINE, seconds[row], seconds[0], limit, machine.as_dict()))
+        records.append(
+            timed("tsa.overhead", mine, BASELINES[params["dense"]], seconds[row], seconds[0], limit, machine.as_dict())
+        )
     return records
