@@ -15,9 +15,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from trtpass import bench
-from trtpass.bench import compiling, dense, inputs, measure, prefill, record, sparse
+from trtpass.bench import compiling, dense, inputs, measure, merging, prefill, record, sparse
 from trtpass.bench.layer import Heads
 from trtpass.errors import CheckFailed, InputError
+from trtpass.passes.lower import lower
 
 TINY = Heads(heads=6, kv_heads=2, width=16, window=16, pool=3, min_tokens=32)
 MACHINE = measure.Machine("a processor", 1, 1, "1", 100.0, 0.0)
@@ -193,6 +194,52 @@ def test_prefill_at_toy_size(engine: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert r.limit is not None and 0.5 < r.limit < 2  # below 1 where nothing is dropped: scoring costs
         if r.params["keep"] != sparse.OWN:
             assert abs(r.params["kept"] - r.params["keep"]) < 0.01
+
+
+TINY_SCENES = (merging.Shape(3, 30, 32, 2, 5), merging.Shape(1, 60, 16, 1, 6))
+
+
+def test_merging_at_toy_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "sets_for", lambda _size: 2)
+    records = merging.run(MACHINE, 2, TINY_SCENES)
+    assert [r.params["steps"] for r in records] == [2, 1]
+    for r, shape in zip(records, TINY_SCENES, strict=True):
+        assert 1 < r.params["final"] <= r.params["representatives"] < shape.all / 2
+        counts = [r.params["representatives"], r.params["final"]][: shape.steps]
+        floor = merging.operations(shape, counts) / 100e9  # MACHINE has 100 GFLOP/s; the counts are a mean, rounded
+        assert r.params["floor_ms"] == pytest.approx(floor * 1e3, rel=0.1, abs=1e-3)
+        assert r.params["times_floor"] > 1 and r.limit is not None and r.baseline_value is not None
+    assert "scc.components" in text_of(records)
+
+
+def test_products_of_components_are_counted_once() -> None:
+    assert merging.operations(merging.Shape(2, 4, 8, 2, 1), [3, 2]) == 2 * 8 * (2 * 6 + 3 + 8 * 2)
+    assert merging.operations(merging.Shape(1, 4, 8, 1, 1), [3]) == 2 * 8 * 6
+
+
+@pytest.mark.parametrize(
+    ("role", "spoil"),
+    [
+        ("numbered", lambda x: x.__setitem__((0, 5), x[0, 5] + 1)),
+        ("final", lambda x: x.__setitem__(0, x[0] - 1)),
+        ("match", lambda x: x.__setitem__((0, 7), 99)),
+        ("merged", lambda x: x.__setitem__((0, 1, 2), x[0, 1, 2] + 1)),
+        ("merged", lambda x: x.__setitem__((0, -1, 0), 1e-30)),
+        ("size", lambda x: x.__setitem__((0, 0), 0)),
+    ],
+)
+def test_wrong_merging_is_red(role: str, spoil: Any) -> None:
+    shape = TINY_SCENES[0]
+    x = merging.scene(0, shape)
+    right = merging.in_numpy(x, shape.steps)
+    permille = [1000, 1000]
+    graph = measure.Graph(lower(merging.two_steps(shape, permille), "cpu").model, 1)
+    call, made = merging.bound(graph, x, shape, permille)
+    call()
+    merging.check(made, right)
+    spoil(made[role])
+    with pytest.raises(CheckFailed):
+        merging.check(made, right)
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ NAMES = {
     "tsa.attention": "attention of a token-sparse layer at forced kept fractions and at the coverage's own",
     "tsa.overhead": "scoring, budget and selection as a share of dense attention",
     "tsa.prefill": "whole prefill of an engine's model, rewritten against dense",
+    "scc.components": "merging by connected components, whole, against NumPy and scipy, and its products alone",
     "compile.passes": "time and memory of all passes on a 36-layer, 8B-shaped graph",
 }
 ENGINES = Path("engines")
@@ -79,6 +80,21 @@ def run(
             raise InputError("tsa.prefill needs an engine, and there is none", "an engine folder", _BUILD)
         else:
             note(f"tsa.prefill left out: there is no engine; {_BUILD}")
+    if "scc.components" in chosen:
+        from trtpass import native
+        from trtpass.bench import merging
+
+        library = native.find()
+        if names or not isinstance(library, str):
+            note("scc.components: tokens of a made-up scene")
+            try:
+                records += merging.run(machine, repeats)
+            except merging.NotHere as reason:
+                if names:
+                    raise
+                note(f"scc.components left out: {reason}")
+        else:
+            note(f"scc.components left out: {library}")
     if "compile.passes" in chosen:
         from trtpass.bench import compiling
 

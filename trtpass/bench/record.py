@@ -49,6 +49,8 @@ LIMITS = {
     "tsa.overhead": "(S+1) / W: scoring needs one product of W rows with S keys, attention two of S rows with S/2",
     "tsa.prefill": "1 / (1 - a + a c): a = share of dense prefill that is attention of sparse layers, "
     "c = 1 / limit of tsa.attention",
+    "scc.components": "baseline's time / time of the products alone at the matmul peak: half of each square of "
+    "similarities, and tokens times final rows",
     "compile.passes": "none; aims: 10 s and 1 GB",
 }
 """The formula behind ``Record.limit``, in words."""
