@@ -152,6 +152,15 @@ TRTPASS_INLINE Vec join(const Vec* quads) {
 #endif
 }
 
+// In a register: GCC repeats a load as an operand of each product that uses it, and loads would then be the limit.
+TRTPASS_INLINE Vec loaded(const float* from) {
+  Vec v = load(from);
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 // scores[R][kScores] from rows of queries and of keys, both [.][depth], for the first `count` of kLanes keys; what is
 // stored behind them is of no use.
 template <int R>
@@ -171,7 +180,7 @@ TRTPASS_INLINE void dots(const float* queries, const float* keys, std::int64_t d
     for (std::int64_t d = 0; d < depth; d += kLanes)
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const Vec k = load(key[i] + d);
+        const Vec k = loaded(key[i] + d);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) sums[r][i] += load(queries + r * depth + d) * k;
       }
@@ -195,7 +204,7 @@ TRTPASS_INLINE void weigh(const float* weights, const float* values, std::int64_
     if (ahead != nullptr) ahead->step();
     Vec value[N];
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) value[j] = load(values + t * width + j * kLanes);
+    for (int j = 0; j < N; ++j) value[j] = loaded(values + t * width + j * kLanes);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4

@@ -24,6 +24,7 @@ NAMES = {
     "tsa.attention": "attention of a token-sparse layer at forced kept fractions and at the coverage's own",
     "tsa.overhead": "scoring, budget and selection as a share of dense attention",
     "tsa.prefill": "whole prefill of an engine's model, rewritten against dense",
+    "ragged.decode": "a decode step over what each head holds, in pages, against one over the whole context",
     "scc.components": "merging by connected components, whole, against NumPy and scipy, and its products alone",
     "compile.passes": "time and memory of all passes on a 36-layer, 8B-shaped graph",
 }
@@ -80,6 +81,16 @@ def run(
             raise InputError("tsa.prefill needs an engine, and there is none", "an engine folder", _BUILD)
         else:
             note(f"tsa.prefill left out: there is no engine; {_BUILD}")
+    if "ragged.decode" in chosen:
+        from trtpass import native
+        from trtpass.bench import ragged
+
+        library = native.find()
+        if names or not isinstance(library, str):
+            note("ragged.decode: noise of its own, at one context")
+            records += ragged.run(machine, repeats)
+        else:
+            note(f"ragged.decode left out: {library}")
     if "scc.components" in chosen:
         from trtpass import native
         from trtpass.bench import merging

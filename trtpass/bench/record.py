@@ -49,6 +49,7 @@ LIMITS = {
     "tsa.overhead": "(S+1) / W: scoring needs one product of W rows with S keys, attention two of S rows with S/2",
     "tsa.prefill": "1 / (1 - a + a c): a = share of dense prefill that is attention of sparse layers, "
     "c = 1 / limit of tsa.attention",
+    "ragged.decode": "dense keys / held keys: bytes of K and V that a step must read, all layers and heads together",
     "scc.components": "baseline's time / time of the products alone at the matmul peak: half of each square of "
     "similarities, and tokens times final rows",
     "compile.passes": "none; aims: 10 s and 1 GB",
@@ -71,6 +72,11 @@ def attention_limit(tokens: int, kept: Sequence[int], window: int | None) -> flo
     """
     scoring = 0 if window is None else window * tokens
     return pairs(tokens) / float(np.mean([pairs(n) + scoring for n in kept]))
+
+
+def decode_limit(dense_keys: int, held_keys: int) -> float:
+    """Best ratio of a decode step, which reads every key and value once: ``dense_keys`` against ``held_keys``."""
+    return dense_keys / max(1, held_keys)
 
 
 def timed(
