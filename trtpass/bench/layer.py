@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from trtpass.errors import InputError
 
-_HEADER = '<ir_version: 10, opset_import: ["" : 24, "trtpass" : 1, "com.microsoft" : 1]>\n'
+_HEADER = '<ir_version: 10, opset_import: ["" : 24, "trtpass" : 1, "trtpass.bshd" : 1, "com.microsoft" : 1]>\n'
 
 
 @dataclass(frozen=True)
