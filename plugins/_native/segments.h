@@ -6,8 +6,9 @@
 
 namespace trtpass::TRTPASS_ISA {
 
-inline constexpr int kSegments = 8;   // output rows of a unit
-inline constexpr int kColumns = 512;  // most columns of a unit: a row that takes all tokens is still shared out
+inline constexpr int kSegments = 8;    // output rows of a unit
+inline constexpr int kColumns = 1024;  // most columns of a unit: a row that takes all tokens is still shared out
+inline constexpr int kAhead = 2;       // tokens in sorted order between the one that is added and the one asked for
 
 // order[] = tokens whose segment is within [0, segments), by segment, ascending in each; segment s has those from
 // end[s - 1] (0 for the first) to end[s].
@@ -27,14 +28,18 @@ inline void sort_by_segment(const std::int32_t* segment, std::int64_t tokens, st
     if (inside(i)) order[end[segment[i]]++] = static_cast<std::int32_t>(i);
 }
 
-// sums[0, n) += weight * from[0, n).
-inline void add_row(float* sums, const void* from, Type type, std::int64_t n, float weight) {
+// sums[0, n) += weight * from[0, n); meanwhile the row `ahead` is fetched into the cache: rows are short and scattered,
+// and the processor alone would start over with each of them.
+inline void add_row(float* sums, const void* from, const void* ahead, Type type, std::int64_t n, float weight) {
   const auto bytes = static_cast<std::int64_t>(bytes_of(type));
-  const auto at = [&](std::int64_t i) { return static_cast<const char*>(from) + i * bytes; };
+  const auto at = [&](const void* row, std::int64_t i) { return static_cast<const char*>(row) + i * bytes; };
   std::int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(sums + i, load(sums + i) + load_as(at(i), type) * weight);
+  for (; i + kLanes <= n; i += kLanes) {
+    __builtin_prefetch(at(ahead, i));
+    store(sums + i, load(sums + i) + load_as(at(from, i), type) * weight);
+  }
   float last[kLanes];
-  read_row(last, at(i), type, n - i);
+  read_row(last, at(from, i), type, n - i);
   for (std::int64_t j = 0; i < n; ++i, ++j) sums[i] += last[j] * weight;
 }
 

@@ -35,8 +35,9 @@ TRTPASS_KERNEL(merge_tokens) {
       float sums[kColumns];
       read_row(sums, part(base, r), base.type, columns, base_size.floats()[b * rows + r]);
       for (std::int32_t i = r > 0 ? ends[b * rows + r - 1] : 0; i < ends[b * rows + r]; ++i) {
-        const std::int32_t token = orders[b * tokens + i];
-        add_row(sums, part(x, token), x.type, columns, size[b * tokens + token]);
+        const std::int32_t* order = orders + b * tokens;
+        const std::int32_t last = ends[(b + 1) * rows - 1] - 1, next = i + kAhead < last ? i + kAhead : last;
+        add_row(sums, part(x, order[i]), part(x, order[next]), x.type, columns, size[b * tokens + order[i]]);
       }
       for (std::int64_t i = 0; i < columns; ++i) sums[i] /= weight;
       write_row(part(merged, r), merged.type, sums, columns);

@@ -29,10 +29,12 @@ TRTPASS_KERNEL(segment_mean) {
       const std::int32_t end = ends[b * capacity + s], start = s > 0 ? ends[b * capacity + s - 1] : 0;
       if (start == end) return zero_row(to, mean.type, columns);
       float sums[kColumns] = {};
-      for (std::int32_t i = start; i < end; ++i) {
-        const char* token = static_cast<const char*>(x.row(b, orders[b * tokens + i]));
-        add_row(sums, token + first * bytes, x.type, columns, 1.0f);
-      }
+      const std::int32_t* order = orders + b * tokens;
+      const std::int32_t last = ends[(b + 1) * capacity - 1] - 1;
+      const auto token = [&](std::int32_t i) {
+        return static_cast<const char*>(x.row(b, order[i < last ? i : last])) + first * bytes;
+      };
+      for (std::int32_t i = start; i < end; ++i) add_row(sums, token(i), token(i + kAhead), x.type, columns, 1.0f);
       const float count = static_cast<float>(end - start);
       for (std::int64_t i = 0; i < columns; ++i) sums[i] /= count;
       write_row(to, mean.type, sums, columns);
