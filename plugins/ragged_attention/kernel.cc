@@ -12,7 +12,7 @@ using namespace trtpass::TRTPASS_ISA;
 namespace {
 
 constexpr int kFew = 16;                        // rows of an owner, G * queries, up to which nothing is packed
-constexpr int kPart = 256;                      // slots of a unit of work at most
+constexpr int kPart = 512;                      // slots of a unit of work at most
 constexpr int kRun = 64;                        // slots taken at once at most: they stay in the first-level cache
 constexpr int kGroup = kLanes == 16 ? 4 : 3;  // rows held in registers: 4 keys x kGroup sums, or kGroup x 4 (2) sums
 constexpr int kAcross = kLanes == 16 ? 4 : 2;   // vectors of a value's row held in registers

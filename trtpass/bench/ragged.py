@@ -132,15 +132,15 @@ def buffers(rng: np.random.Generator, h: Heads, context: int, batch: int) -> Lay
     return Layer(noise(batch, h.heads, 1, h.width), new, cache, (noise(slots, h.width), noise(slots, h.width)))
 
 
-def aligned(shape: Sequence[int], to: int = 4096) -> Array:
-    """Uninitialised float32 that begins at a multiple of ``to`` bytes, as an allocator of caches would give it."""
-    memory = np.empty(4 * math.prod(shape) + to, np.uint8)
+def aligned(shape: Sequence[int], to: int = 2 << 20) -> Array:
+    """Uninitialised float32 that begins and ends with a huge page, so that the system can use no others for it."""
+    memory = np.empty(-(-4 * math.prod(shape) // to) * to + to, np.uint8)
     start = -memory.ctypes.data % to
     return memory[start : start + 4 * math.prod(shape)].view(np.float32).reshape(shape)
 
 
 def hold(rng: np.random.Generator, h: Heads, context: int, batch: int, kept: float, page: int) -> Held:
-    """Lengths around ``kept`` of the context, of which their mean is exact, over pages in random order."""
+    """Lengths around ``kept`` of the context, of which their mean is exact, over the first pages in random order."""
     owners = batch * h.kv_heads
     mean = max(1, round(kept * context))
     away = np.zeros(owners, int)
@@ -148,8 +148,8 @@ def hold(rng: np.random.Generator, h: Heads, context: int, batch: int, kept: flo
     half = np.linspace(far, 0, owners // 2, endpoint=False).astype(int)
     away[: owners // 2], away[owners - owners // 2 :] = half, -half
     lengths = (mean + rng.permutation(away)).astype(np.int32)
-    pages = iter(rng.permutation(owners * -(-context // max(PAGES)) * max(PAGES) // page))
     need = -(-lengths // page)
+    pages = iter(rng.permutation(int(need.sum())))
     table = np.full((owners, int(need.max())), -1, np.int32)  # entries that are not used are no pages
     for owner, count in enumerate(need):
         table[owner, :count] = [next(pages) for _ in range(count)]
