@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from trtpass import bench
-from trtpass.bench import compiling, dense, inputs, measure, merging, prefill, record, sparse
+from trtpass import bench, native
+from trtpass.bench import compiling, dense, inputs, layer, measure, merging, prefill, ragged, record, sparse
 from trtpass.bench.layer import Heads
 from trtpass.errors import CheckFailed, InputError
 from trtpass.passes.lower import lower
@@ -43,6 +44,10 @@ class TestLimits:
 
     def test_costs_are_averaged_not_ratios(self) -> None:
         assert record.attention_limit(100, [100, 10], None) == 100 * 101 / ((100 * 101 + 10 * 11) / 2)
+
+    def test_a_decode_step_reads_every_key_once(self) -> None:
+        assert record.decode_limit(8192 * 3, 2048 * 3) == 4.0
+        assert record.decode_limit(100, 0) == 100.0
 
     def test_a_time_is_ratio_of_pairs(self) -> None:
         made = record.timed("x", {}, "b", np.array([1.0, 2.0, 4.0]), np.array([2.0, 2.0, 2.0]), 3.0, {})
@@ -240,6 +245,59 @@ def test_wrong_merging_is_red(role: str, spoil: Any) -> None:
     spoil(made[role])
     with pytest.raises(CheckFailed):
         merging.check(made, right)
+
+
+class TestRaggedDecode:
+    @pytest.fixture
+    def library(self) -> None:
+        if isinstance(reason := native.find(), str):
+            pytest.skip(reason)
+
+    @pytest.mark.usefixtures("library")
+    def test_at_toy_size(self) -> None:
+        records = ragged.run(MACHINE, 2, TINY, context=256, batches=(1, 2), layers=2)
+        assert len(records) == 2 * (1 + len(ragged.KEPT) * len(ragged.PAGES))
+        for r in records:
+            assert (r.params["page"] is None) == (r.params["form"] == dense.CONTRIB)
+            assert r.ratio is not None and r.limit == pytest.approx(1 / r.params["kept"], rel=2e-3)
+        for batch in (1, 2):
+            everything = [r for r in records if (r.params["kept"], r.params["batch"]) == (1.0, batch)]
+            assert min(r.value for r in everything) == everything[0].baseline_value  # the fastest is the baseline
+        assert "dense keys / held keys" in text_of(records)
+
+    @pytest.mark.parametrize(("batch", "kept", "page"), [(1, 1.0, 16), (1, 0.1, 128), (4, 0.25, 64), (2, 0.004, 32)])
+    def test_what_is_held(self, batch: int, kept: float, page: int) -> None:
+        held = ragged.hold(np.random.default_rng(0), TINY, 256, batch, kept, page)
+        mean = max(1, round(kept * 256))
+        assert held.lengths.mean() == mean and (abs(held.lengths - mean) <= 0.2 * mean).all()
+        assert kept == 1.0 or mean == 1 or len(np.unique(held.lengths)) > 1
+        used = held.table[np.arange(held.table.shape[2]) * page < held.lengths[..., None]]
+        assert sorted(used) == list(range(len(used)))  # no page has two owners
+        assert (used.max() + 1) * page <= ragged.buffers(np.random.default_rng(0), TINY, 256, batch).pools[0].shape[0]
+
+    @pytest.mark.parametrize("side", ["paged", "contiguous"])
+    @pytest.mark.usefixtures("library")
+    def test_wrong_results_are_red(self, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        def other_scale(text: str) -> Any:
+            return layer.parse(text.replace("scale=0.0", "scale=0.7").replace("num_heads=6,", "num_heads=6,scale=0.7,"))
+
+        rng = np.random.default_rng(0)
+        stack = [ragged.buffers(rng, TINY, 128, 2)]
+        owned = [ragged.hold(rng, TINY, 128, 2, 0.5, 16)]
+        for parse in (ragged.parse, other_scale):
+            monkeypatch.setattr(ragged, "parse", parse)
+            graph = measure.Graph(getattr(ragged, side)(TINY, 1), 1)
+            with nullcontext() if parse is layer.parse else pytest.raises(CheckFailed, match="layer 0"):
+                if side == "paged":
+                    ragged.paged_call(graph, TINY, stack, owned, 16)
+                else:
+                    ragged.dense_call(graph, TINY, stack)
+
+    def test_without_the_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(native, "find", lambda: "no library")
+        monkeypatch.setattr(measure, "describe", lambda _threads, _clock: MACHINE)
+        with pytest.raises(InputError, match="no library"):
+            bench.run(["ragged.decode"])
 
 
 @pytest.mark.slow
