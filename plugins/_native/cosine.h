@@ -12,9 +12,10 @@
 
 namespace trtpass::TRTPASS_ISA {
 
-inline constexpr int kWord = 32;     // columns of a word of bits; a multiple of kPanel
-inline constexpr int kStrip = 128;   // most columns of a strip
-inline constexpr int kDepth = 448;   // most of the depth at a time: 12 rows of it are 21 KiB
+inline constexpr int kWord = 32;            // columns of a word of bits; a multiple of kPanel
+inline constexpr int kStrip = 128;          // most columns of a strip
+inline constexpr int kDepth = 448;          // most of the depth at a time: 12 rows of it are 21 KiB
+inline constexpr int kAheadBytes = 8192;    // rows lie one behind the other: what is asked for while one is read
 inline constexpr int kCached = 128 * 1024;  // floats of a strip: 512 KiB, half of a second-level cache
 
 // Columns of a strip of vectors this deep: 32, 64 or 128.
@@ -29,15 +30,20 @@ TRTPASS_INLINE std::int64_t pitch_of(std::int64_t depth) { return (round_up(dept
 
 // to[pitch] = the vector divided by its norm, zeros behind it; false, and zeros, where it has no direction.
 inline bool unit_row(float* to, const void* from, Type type, std::int64_t depth, std::int64_t pitch) {
-  read_row(to, from, type, depth);
-  for (std::int64_t d = depth; d < pitch; ++d) to[d] = 0.0f;
+  const char* source = static_cast<const char*>(from);
+  const auto bytes = static_cast<std::int64_t>(bytes_of(type));
   Vec squares[4] = {};
   std::int64_t d = 0;
-  for (; d + 4 * kLanes <= pitch; d += 4 * kLanes)
+  for (; d + 4 * kLanes <= depth; d += 4 * kLanes)
     for (int i = 0; i < 4; ++i) {
-      const Vec x = load(to + d + i * kLanes);
+      const char* at = source + (d + i * kLanes) * bytes;
+      __builtin_prefetch(at + kAheadBytes);
+      const Vec x = load_as(at, type);
+      store(to + d + i * kLanes, x);
       squares[i] += x * x;
     }
+  read_row(to + d, source + d * bytes, type, depth - d);
+  for (std::int64_t e = depth; e < pitch; ++e) to[e] = 0.0f;
   for (; d < pitch; d += kLanes) squares[0] += load(to + d) * load(to + d);
   const float square = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
   if (!(square >= __FLT_MIN__ && square <= __FLT_MAX__)) {  // NaN too
