@@ -56,20 +56,47 @@ TRTPASS_INLINE Vec round_even(Vec x) {  // |x| < 2^22
   return (x + magic) - magic;
 }
 
-TRTPASS_INLINE float sum(Vec v) {  // pairwise, in a fixed order
-  float x[kLanes];
-  std::memcpy(x, &v, sizeof v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) x[i] += x[i + width];
-  return x[0];
+#if defined(__SSE2__)
+TRTPASS_INLINE __m128 upper(__m128 x) { return _mm_movehl_ps(x, x); }
+TRTPASS_INLINE __m128 second(__m128 x) { return _mm_shuffle_ps(x, x, 1); }
+#endif
+
+// All lanes added up, pairwise, in a fixed order.
+TRTPASS_INLINE float sum(Vec v) {
+#if defined(__SSE2__)
+#if defined(__AVX512F__)
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#elif defined(__AVX2__)
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+#else
+  const __m128 four = (__m128)v;
+#endif
+  const __m128 two = _mm_add_ps(four, upper(four));
+  return _mm_cvtss_f32(_mm_add_ss(two, second(two)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
 }
 
+// The largest lane; anything where one is NaN.
 TRTPASS_INLINE float largest(Vec v) {
-  float x[kLanes];
-  std::memcpy(x, &v, sizeof v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
-  return x[0];
+#if defined(__SSE2__)
+#if defined(__AVX512F__)
+  const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#elif defined(__AVX2__)
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+#else
+  const __m128 four = (__m128)v;
+#endif
+  const __m128 two = _mm_max_ps(four, upper(four));
+  return _mm_cvtss_f32(_mm_max_ss(two, second(two)));
+#else
+  float x = v[0];
+  for (int i = 1; i < kLanes; ++i) x = v[i] > x ? v[i] : x;
+  return x;
+#endif
 }
 
 // 2^x to 2e-7 of itself for x <= 127; at least 2^-126, never 0; NaN stays NaN.
