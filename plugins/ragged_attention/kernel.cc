@@ -81,7 +81,7 @@ class Ahead {
   Ahead(const Pool& keys, const Pool& values, const Part& part)
       : keys_(keys), values_(values), part_(part), pool_(&keys), slot_(part.start) {
     enter();
-    for (std::int64_t bytes = 0; bytes < kAhead; bytes += row_bytes_) step();
+    for (std::int64_t bytes = 0; left_ > 0 && bytes < kAhead; bytes += row_bytes_) step();
   }
 
   TRTPASS_INLINE void step() {
