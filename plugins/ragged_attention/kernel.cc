@@ -3,7 +3,7 @@
 // Few rows (decode) are bound by memory: an owner's keys and values are read once, for all query heads of its group and
 // all queries together. They are cut into parts of at most kPart slots, by lengths alone, so that few owners still feed
 // several threads; whichever part of an owner ends last adds its parts up, in their order.
-// Many rows (prefill, later turns) are bound by arithmetic: slots are packed into panels and attended to like any others.
+// Many rows (prefill, later turns) are bound by arithmetic: slots are packed into panels and attended to as elsewhere.
 #include "attention.h"
 
 using namespace trtpass;
@@ -59,7 +59,8 @@ struct Run {
 };
 
 // The slots from `slot` on, below `end`, that can be had at once.
-TRTPASS_INLINE Run take(const Pool& pool, const std::int32_t* table, std::int64_t slot, std::int64_t end, float* buffer) {
+TRTPASS_INLINE Run take(const Pool& pool, const std::int32_t* table, std::int64_t slot, std::int64_t end,
+                        float* buffer) {
   std::int64_t count = end - slot < kRun ? end - slot : kRun;
   if (pool.in_place) {
     const std::int64_t left = pool.page_size - slot % pool.page_size;
@@ -73,7 +74,7 @@ TRTPASS_INLINE Run take(const Pool& pool, const std::int32_t* table, std::int64_
   return {buffer, count};
 }
 
-// Asks for the keys of a part and then for its values, a row at a time, so far before they are read that they are there.
+// Asks for the keys of a part and then for its values, a row at a time, so early that they are there when read.
 // Pages lie anywhere, and the processor's own prefetching ends with each. Into the second-level cache: the first has
 // fewer places for requests on their way than it takes to hide the time that memory needs. docs/native.md has figures.
 class Ahead {
@@ -349,7 +350,8 @@ inline void add_up(const Shapes& shapes, const Owner& o, const Tensor& out) {
       if (p == 0)
         for (std::int64_t d = 0; d < width; d += kLanes) store(row + d, load(row + d) * weight);
       else if (weight != 0.0f)
-        for (std::int64_t d = 0; d < width; d += kLanes) store(row + d, load(row + d) + load(part + i * width + d) * weight);
+        for (std::int64_t d = 0; d < width; d += kLanes)
+          store(row + d, load(row + d) + load(part + i * width + d) * weight);
       total += weight * its;
     }
     if (total != 0.0f)
