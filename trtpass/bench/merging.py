@@ -2,8 +2,9 @@
 
 Two shapes: the two steps of LLaVA-Scissor (arXiv 2506.21862, section 3) on 32 frames of 14 x 14 tokens, and one step on
 a stream of 2048. The floor is the time that the products of the similarities alone take at the machine's matmul rate:
-half of each square, and tokens times final rows. Tokens are made up: frames of a scene whose things come, change a
-little and go, some tokens of each frame like nothing else; how many representatives that leaves is in the records.
+half of each square, and tokens times final rows. That rate is ONNX Runtime's, which a kernel may exceed. Tokens are
+made up: frames of a scene whose things come, change a little and go, some tokens of each frame like nothing else; how
+many representatives that leaves is in the records.
 
 NumPy runs on the threads that its BLAS takes. Environment variables OPENBLAS_* slow it on some machines: unset them.
 """
