@@ -156,6 +156,9 @@ def versions() -> dict[str, str]:
     return found
 
 
+LINES = 10  # of the lowering, in the closing table
+
+
 def render(manifest: Manifest, folder: Path) -> Table:
     """The closing table."""
     from rich.markup import escape
@@ -175,6 +178,10 @@ def render(manifest: Manifest, folder: Path) -> Table:
     if not manifest.passes:
         table.add_row("pass", "none (dense)")
     table.add_row("target", manifest.target + (f" ({', '.join(manifest.sm)})" if manifest.sm else ""))
+    for number, line in enumerate(manifest.lowering[:LINES]):
+        table.add_row("" if number else "lowered", escape(line))
+    if len(manifest.lowering) > LINES:
+        table.add_row("", f"and {len(manifest.lowering) - LINES} more kinds of node, in manifest.json")
     meaning = {
         "export": "torch = raised ONNX",
         "rewrite": "torch twin = rewritten ONNX",
