@@ -102,7 +102,7 @@ void finish(float* mass, std::int64_t tokens, float* columns, std::int64_t group
   const std::int64_t reach = pool / 2;
   const float share = 1.0f / static_cast<float>(pool);
   for (std::int64_t j = 0; j < end; ++j) mass[j] = columns[j];
-  for (std::int64_t d = 1; d <= reach; ++d) {
+  for (std::int64_t d = 1; d <= reach && d < end; ++d) {
     for (std::int64_t j = d; j < end; ++j) mass[j] += columns[j - d];
     for (std::int64_t j = 0; j + d < end; ++j) mass[j] += columns[j + d];
   }
