@@ -76,7 +76,7 @@ def find() -> Library | str:
     try:
         about = json.loads(ABOUT.read_text())
         library = Library(LIBRARY, tuple(about["operators"]), tuple(about["isas"]), about["compiler"])
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         return f"{ABOUT} is not readable ({error}): {BUILD}"
     if about.get("fingerprint") != fingerprint():
         return f"the library of native kernels was built from other sources: {BUILD}"
