@@ -1,4 +1,4 @@
-"""The native kernels in a process of their own: building ``plugins/_native/driver.cc``, and its protocol. Numpy only."""
+"""The native kernels in a process of their own: building ``plugins/_native/driver.cc``, and its protocol."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,8 @@ FLAVOURS: dict[str, tuple[str, ...]] = {
     "threads": ("-O1", "-g1", "-fsanitize=thread"),
 }
 KEPT = 3  # builds of a flavour that stay in the cache, the one in use included
+
+LIMIT = 300.0  # seconds after which a driver is killed, so that a kernel that never ends is a failing test
 
 TYPES = (np.dtype("float32"), np.dtype("float16"), np.dtype("int32"))  # trtpass::Type
 
@@ -65,10 +68,12 @@ class Driver:
     """
 
     def __init__(self, program: Path) -> None:
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             [str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
         )
+        self._limit = threading.Timer(LIMIT, self._process.kill)
+        self._limit.start()
         self.requests = 0
 
     def __enter__(self) -> Driver:
@@ -78,6 +83,7 @@ class Driver:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.close()
         code = self._process.wait(timeout=60)
+        self._limit.cancel()
         self._process.stdout.close()
         report = self._report()
         self._errors.close()
@@ -99,16 +105,7 @@ class Driver:
         Raises:
             Refused: the kernel or the driver returned an error.
         """
-        parts = [_text(op.name), _text(isa), struct.pack("<II", threads, swapped), struct.pack("<I", len(op.attrs))]
-        for name, value in op.complete(attrs).items():
-            integer = value if isinstance(value, int) else 0
-            parts += [_text(name), struct.pack("<qd", integer, float(value))]
-        parts.append(struct.pack("<I", len(inputs)))
-        for x in inputs:
-            laid = turned(x) if swapped else np.ascontiguousarray(x)
-            head = struct.pack(f"<II{x.ndim}qQ", TYPES.index(x.dtype), x.ndim, *laid.shape, laid.nbytes)
-            parts += [head, laid.tobytes()]
-        outputs = _outputs(self.ask(b"".join(parts)))
+        outputs = _outputs(self.ask(encoded(op, inputs, attrs, isa, threads, swapped)))
         return [turned(x) for x in outputs] if swapped else outputs
 
     def ask(self, request: bytes) -> bytes:
@@ -132,7 +129,7 @@ class Driver:
         response = pipe_out.read(struct.unpack("<Q", head)[0])
         self.requests += 1
         if struct.unpack_from("<I", response)[0]:
-            raise Refused(response[8:].decode())
+            raise Refused(response[8:].decode(errors="replace"))
         return response[4:]
 
     def _report(self) -> str:
@@ -143,6 +140,26 @@ class Driver:
 def turned(x: Array) -> Array:
     """Axes 1 and 2 of a tensor of four axes exchanged, contiguous; others as they are."""
     return np.ascontiguousarray(x.transpose(0, 2, 1, 3)) if x.ndim == 4 else x
+
+
+def encoded(
+    op: Op,
+    inputs: Sequence[Array],
+    attrs: Mapping[str, Any],
+    isa: str = "",
+    threads: int = 1,
+    swapped: bool = False,
+) -> bytes:
+    """A request, without its length."""
+    parts = [_text(op.name), _text(isa), struct.pack("<III", threads, swapped, len(op.attrs))]
+    for name, value in op.complete(attrs).items():
+        parts += [_text(name), struct.pack("<qd", value if isinstance(value, int) else 0, float(value))]
+    parts.append(struct.pack("<I", len(inputs)))
+    for x in inputs:
+        laid = turned(x) if swapped else np.ascontiguousarray(x)
+        head = struct.pack(f"<II{x.ndim}qQ", TYPES.index(x.dtype), x.ndim, *laid.shape, laid.nbytes)
+        parts += [head, laid.tobytes()]
+    return b"".join(parts)
 
 
 def _text(value: str) -> bytes:
