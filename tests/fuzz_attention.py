@@ -59,11 +59,13 @@ def sparse(rng: Rng) -> Request:
 
 def wrong_sparse(rng: Rng, given: Request) -> Request:
     index, count = given.inputs[3:]
-    kind = rng.integers(6)
+    kind = rng.integers(7)
+    if kind == 6:  # counted slots that hold S
+        return replaced(given, 4, np.full_like(count, index.shape[2]), "count above the positions in index")
     if kind == 0:
         return replaced(given, 4, some(rng, count, -1, -(2**31), index.shape[2] + 1, 2**31 - 1), "count out of range")
     if kind == 1:
-        return replaced(given, 3, some(rng, index, *FAR), "index out of range")
+        return replaced(given, 3, some(rng, index, *FAR, given.inputs[0].shape[2]), "index out of range")
     if kind == 2:
         return replaced(given, 3, index[..., ::-1].copy(), "index descending")
     if kind == 3:

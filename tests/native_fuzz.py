@@ -46,7 +46,7 @@ def request(op: Op, number: int) -> Request:
 
 def misshapen(rng: Rng, op: Op, given: Request) -> Request:
     """A type, a number of axes or a size that the declaration rules out."""
-    inputs = [np.nan_to_num(x, posinf=0.0, neginf=0.0) for x in given.inputs]
+    inputs = [x if x.dtype.kind == "i" else np.clip(np.nan_to_num(x), -1e4, 1e4) for x in given.inputs]
     shared = [name for name in {a for p in op.inputs for a in p.axes} if sum(name in p.axes for p in op.inputs) > 1]
     kind = rng.choice(["type", "axes", "size"] if shared else ["type", "axes"])
     if kind == "size":

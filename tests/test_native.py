@@ -80,7 +80,8 @@ def test_two_sessions_at_once(op: Op) -> None:
     """Twenty rounds from two Python threads, each with a session and a case of its own."""
     assert op.case_list
     chosen = [case for case in op.case_list() if not case.slow][-2:]
-    expected, found = [], [[], []]  # type: list[list[Array]], list[list[list[Array]]]
+    expected: list[list[Array]] = []
+    found: list[list[list[Array]]] = [[], []]
     runs = []
     for case in chosen:
         inputs = made(case)
