@@ -27,12 +27,13 @@ TRTPASS_KERNEL(causal_attention) {
                  values + owner * w.value_floats(tokens));
   });
 
+  // Head by head, so that its keys and values stay in the caches; of a head the last blocks first: they see most keys.
   const std::int64_t blocks = (tokens + kBlock - 1) / kBlock;
   const std::int64_t floats = round_up(Block::floats(w), 16);
   float* memory = call.scratch_floats(floats * call.workers());
   call.parallel(batch * heads * blocks, [&](std::int64_t unit, int worker) {
-    const std::int64_t b = unit % (batch * heads) / heads, h = unit % heads, owner = b * key_heads + h * key_heads / heads;
-    const std::int64_t first = (blocks - 1 - unit / (batch * heads)) * kBlock;
+    const std::int64_t b = unit / blocks / heads, h = unit / blocks % heads, owner = b * key_heads + h * key_heads / heads;
+    const std::int64_t first = (blocks - 1 - unit % blocks) * kBlock;
     const std::int64_t rows = tokens - first < kBlock ? tokens - first : kBlock;
     const Block block(w, memory + worker * floats);
     for (std::int64_t i = 0; i < rows; ++i)

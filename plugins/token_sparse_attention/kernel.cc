@@ -63,15 +63,16 @@ TRTPASS_KERNEL(token_sparse_attention) {
                  values + set * w.value_floats(most));
   });
 
-  // Blocks of a set's rows, the last ones first: they see most keys, and what is left at the end should be small.
+  // Head by head, so that its keys and values stay in the caches; of a head the last blocks first: they see most keys, and
+  // what is left at the end should be small.
   const std::int64_t blocks = most == 0 ? 1 : (most + kBlock - 1) / kBlock;
   const std::int64_t floats = round_up(Block::floats(w), 16);
   float* memory = call.scratch_floats(floats * call.workers());
   call.parallel(batch * heads * blocks, [&](std::int64_t unit, int worker) {
-    const std::int64_t b = unit % (batch * heads) / heads, h = unit % heads, set = b * sets + h * sets / heads;
+    const std::int64_t b = unit / blocks / heads, h = unit / blocks % heads, set = b * sets + h * sets / heads;
     const Selection s = chosen[set];
     const std::int64_t mine = s.count == 0 ? 1 : (s.count + kBlock - 1) / kBlock;
-    const std::int64_t number = blocks - 1 - unit / (batch * heads);
+    const std::int64_t number = blocks - 1 - unit % blocks;
     if (number >= mine) return;
     const std::int64_t first = number * kBlock, rows = s.count - first < kBlock ? s.count - first : kBlock;
     const Block block(w, memory + worker * floats);
