@@ -203,3 +203,10 @@ def test_nodes_without_four_axes_keep_their_layout() -> None:
     parse(METHOD)(model)
     chosen = [n for n in model.graph if n.op_type in ("CoverageBudget", "SelectTokens")]
     assert interleave(model, chosen) == 0
+
+
+def test_dense_attention_is_native_where_types_had_to_be_inferred() -> None:
+    """The layer of the benchmarks states the types of its inputs alone."""
+    lowered = lower(layer.dense(layer.Heads()), "cpu").model
+    assert nodes(lowered)[f"{native.SWAPPED}::CausalAttention"] == 1
+    assert count(lowered, "GroupQueryAttention") == 0

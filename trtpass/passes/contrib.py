@@ -31,10 +31,10 @@ Choice = tuple[str, str, str]  # node, decision, reason
 
 
 def attention_to_contrib(model: ir.Model) -> list[Choice]:
-    """Replace what can be replaced, in place; returns ``(node, decision, reason)`` for every Attention of the model."""
-    _hint_slices(model.graph)
-    # Inlined bodies know their head counts only now. Not strict: a node that ONNX cannot infer must not hide the rest.
-    common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    """Replace what can be replaced, in place; returns ``(node, decision, reason)`` for every Attention of the model.
+
+    Types and shapes must be there, as far as they can be known: ``infer``.
+    """
     lengths = _Lengths(model.graph)
     choices: list[Choice] = []
     for node in [n for n in model.graph.all_nodes() if is_op(n, "Attention")]:
@@ -48,6 +48,13 @@ def attention_to_contrib(model: ir.Model) -> list[Choice]:
     if any(decision == "GroupQueryAttention" for _, decision, _ in choices):
         model.opset_imports[CONTRIB] = 1
     return choices
+
+
+def infer(model: ir.Model) -> None:
+    """Types and shapes of all values that ONNX can infer, in place: inlined bodies know their head counts only then."""
+    _hint_slices(model.graph)
+    # Not strict: a node that ONNX cannot infer must not hide the rest.
+    common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
 
 
 def _hint_slices(graph: ir.Graph) -> None:

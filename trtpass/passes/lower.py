@@ -19,7 +19,7 @@ from trtpass.errors import InputError
 from trtpass.ir import check, is_op, tidy
 from trtpass.native import is_floating
 from trtpass.op import DOMAIN, Op
-from trtpass.passes.contrib import attention_to_contrib
+from trtpass.passes.contrib import attention_to_contrib, infer
 from trtpass.passes.native import attention_to_native, fits, interleave, keep_body
 from trtpass.passes.transposes import swap_in_branches, swap_indices
 
@@ -65,6 +65,7 @@ def lower(model: ir.Model, target: str, kernels: bool = True) -> Lowered:
     decisions = inline_bodies(copy, "dynamic", kept)
     if target == "cpu":
         swap_in_branches(copy)
+        infer(copy)
         decisions += [Decision(*choice) for choice in attention_to_native(copy)] if kernels else []
         decisions += [Decision(*choice) for choice in attention_to_contrib(copy)]
         interleave(copy, [node for node in copy.graph.all_nodes() if node.domain == DOMAIN])
