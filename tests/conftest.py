@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import native_check
 import pytest
 from families import FAMILIES, Exported, save_tiny
+
+from trtpass import native
 
 GOLDEN = Path(__file__).resolve().parent.parent / "graphs" / "golden"
 
@@ -42,6 +45,12 @@ def tiny_export(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPath
         return Exported(loaded, model, path)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def library() -> native.Library:
+    """The library of native kernels, built if it is missing or old; skips where nothing can build it."""
+    return native_check.library()
 
 
 @pytest.fixture(scope="session")

@@ -107,7 +107,8 @@ class TestMeasure:
 class TestOracles:
     def made(self, keep: int, select: str = "head") -> tuple[sparse.Set, dict[str, Any]]:
         graphs = sparse.sessions(TINY, 1)
-        item = sparse._sets(graphs, TINY, inputs.seeded(TINY, 96), 96)[0]
+        form = dense.CONTRIB
+        item = sparse._sets(graphs.dense[form], form, TINY, inputs.seeded(TINY, 96), 96)[0]
         _, made = sparse._scored(graphs.scoring[select], TINY, item, select, keep)
         return item, made
 

@@ -11,7 +11,7 @@ import tiny
 from families import Exported
 from proofs import raised
 
-from trtpass import passes
+from trtpass import native, passes
 from trtpass.ir import const_array
 from trtpass.passes.cache import insert_cache
 from trtpass.passes.lower import lower
@@ -81,4 +81,8 @@ def test_cache(golden: Golden, phase: str) -> None:
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_lowered_to_cpu(golden: Golden, phase: str) -> None:
-    golden(f"cpu.{phase}", text(lower(insert_cache(tiny.decoder(layers=1), phase), "cpu").model))
+    golden(f"cpu.{phase}", text(lower(insert_cache(tiny.decoder(layers=1), phase), "cpu", kernels=False).model))
+
+
+def test_lowered_to_native_kernels(golden: Golden, library: native.Library) -> None:
+    golden("native.prefill", text(lower(insert_cache(sparse(), "prefill"), "cpu").model))

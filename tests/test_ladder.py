@@ -105,11 +105,11 @@ def test_another_attention_than_the_twin_s_fails(sparse: Ladder) -> None:
     assert check.status == "failed" and "outputs differ" in check.reason
 
 
-def lowered_with(change: Callable[[ir.Model], None], phase: str) -> Callable[[ir.Model, str], Lowered]:
+def lowered_with(change: Callable[[ir.Model], None], phase: str) -> Callable[[ir.Model, str, bool], Lowered]:
     """``lower`` with a defect in one of the two graphs."""
 
-    def broken(model: ir.Model, target: str) -> Lowered:
-        result = lower(model, target)
+    def broken(model: ir.Model, target: str, kernels: bool) -> Lowered:
+        result = lower(model, target, kernels)
         if result.model.metadata_props["trtpass.phase"] == phase:
             change(result.model)
         return result

@@ -24,10 +24,7 @@ METHOD = "token-sparse:coverage=0.3,window=4,min_tokens=8,layers=1"
 HALF_ATOL = 2e-2  # as in test_lower: fp16 has 11 bits and logits reach 4; two layers round differently
 
 
-@pytest.fixture(autouse=True)
-def _library() -> None:
-    if isinstance(reason := native.find(), str):
-        pytest.skip(reason)
+pytestmark = pytest.mark.usefixtures("library")
 
 
 def session(model: ir.Model, kernels: bool) -> ort.InferenceSession:

@@ -23,8 +23,7 @@ BUDGET, SELECT = all_ops()["CoverageBudget"], all_ops()["SelectTokens"]
 POISON = -7777
 THREADS = (1, 2)
 
-if isinstance(native.find(), str):
-    pytest.skip(str(native.find()), allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("library")
 
 
 @pytest.fixture(params=list(isas()))
