@@ -163,7 +163,9 @@ class Graph:
         return call
 
 
-def interleave(sides: Sequence[Sequence[Call]], repeats: int, clock: str = "wall", warm: int = 1) -> Array:
+def interleave(
+    sides: Sequence[Sequence[Call]], repeats: int, clock: str = "wall", warm: int = 1, settle: float = 0.0
+) -> Array:
     """Seconds ``[side, repeat]``: the mean over the sets of buffers of each side, sides in turn (A B A B).
 
     Args:
@@ -171,6 +173,8 @@ def interleave(sides: Sequence[Sequence[Call]], repeats: int, clock: str = "wall
         repeats: rounds over all sets.
         clock: of ``CLOCKS``.
         warm: rounds before, not counted.
+        settle: seconds to wait before each call. OpenBLAS's threads spin for some 30 ms after their last product, on
+            the cores that the other side is measured on.
     """
     count, now = len(sides[0]), CLOCKS[clock]
     if any(len(calls) != count for calls in sides):
@@ -180,6 +184,7 @@ def interleave(sides: Sequence[Sequence[Call]], repeats: int, clock: str = "wall
         for step in range(count):
             for side, calls in enumerate(sides):
                 call = calls[(step + side * max(1, count // len(sides))) % count]
+                time.sleep(settle)
                 start = now()
                 call()
                 if round_ >= 0:

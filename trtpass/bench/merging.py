@@ -25,6 +25,7 @@ from trtpass.bench.record import Record, timed
 from trtpass.errors import CheckFailed, InputError
 from trtpass.passes.lower import lower
 
+SETTLE = 0.1  # seconds between calls, while the threads of NumPy's products still spin
 BASELINE = "NumPy (batched products, segment sums as sparse products) and scipy.sparse.csgraph.connected_components"
 TAU = 0.9
 ATOL, RTOL = 1e-4, 1e-4  # means of float32 values of size 1 to 10
@@ -103,7 +104,7 @@ def _one_shape(machine: Machine, repeats: int, shape: Shape) -> Record:
         check(made, right)
         ours.append(call)
     theirs: list[Call] = [lambda x=x: _discard(in_numpy(x, shape.steps)) for x in sets]  # type: ignore[misc]
-    seconds = interleave([ours, theirs], repeats, machine.clock)
+    seconds = interleave([ours, theirs], repeats, machine.clock, settle=SETTLE)
     floor = float(np.mean([operations(shape, right.counts) for right in expected])) / machine.matmul_gflops / 1e9
     counts = np.mean([right.counts for right in expected], 0)
     library = native.find()
