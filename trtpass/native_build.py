@@ -47,7 +47,8 @@ FLAGS = (
 )  # fmt: skip
 COMPILERS = ("g++", "clang++", "c++")
 HEADER = "onnxruntime_c_api.h"
-PLACES = (".cache/headers/usr/include/onnxruntime", "/usr/include/onnxruntime", "/usr/local/include/onnxruntime")
+FETCHED = native.SOURCES.parent.parent / ".cache" / "headers" / "usr" / "include" / "onnxruntime"
+PLACES = (FETCHED, Path("/usr/include/onnxruntime"), Path("/usr/local/include/onnxruntime"))
 """Where the headers are looked for: what ``make setup`` fetched, then the system's own."""
 
 
@@ -69,10 +70,10 @@ def toolchain(headers: Path | None = None, compiler: str | None = None) -> Toolc
     program = next((p for p in ([compiler] if compiler else COMPILERS) if shutil.which(p)), None)
     if program is None:
         return f"there is no C++ compiler ({compiler or ', '.join(COMPILERS)}) on PATH"
-    for folder in [headers] if headers else [Path(place) for place in PLACES]:
+    for folder in [headers] if headers else PLACES:
         if (folder / HEADER).is_file():
             return Toolchain(program, folder.resolve())
-    looked = headers or ", ".join(PLACES)
+    looked = headers or ", ".join(map(str, PLACES))
     return f"{HEADER} (ONNX Runtime's C headers, Debian's libonnxruntime-dev) is not in {looked}"
 
 

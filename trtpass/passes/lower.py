@@ -40,7 +40,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Lowered:
-    """A graph without trtpass nodes, and the decision taken for each node that had a choice."""
+    """A graph whose trtpass nodes, if any are left, are native kernels, and the decision taken for each node."""
 
     model: ir.Model
     decisions: tuple[Decision, ...]
@@ -103,9 +103,8 @@ def native_nodes(model: ir.Model) -> dict[ir.Node, bool | str]:
     found: dict[ir.Node, bool | str] = {}
     for node in nodes:  # in order, so that what one makes is known where the next reads it
         op = all_ops()[node.op_type]
-        floating = next(
-            (x.dtype for x, port in zip(node.inputs, op.inputs, strict=False) if x and is_floating(port)), None
-        )
+        inputs = zip(node.inputs, op.inputs, strict=False)
+        floating = next((x.dtype for x, port in inputs if x is not None and is_floating(port)), None)
         for port, value in zip(op.outputs, node.outputs, strict=False):
             if value.dtype is None:
                 known = None if is_floating(port) else ir.DataType.from_numpy(np.dtype(port.dtypes[0]))
