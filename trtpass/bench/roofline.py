@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from trtpass.bench import ragged
 from trtpass.bench.layer import Heads, parse
 from trtpass.bench.measure import Array, Call, Graph, cores, interleave, matmul_peak, poisoned, sets_for
-from trtpass.bench.ragged import read_rate
 from trtpass.errors import InputError
 
 TOKENS = 8192
@@ -129,25 +129,14 @@ def _mass(h: Heads, threads: int) -> Point:
 
 
 def _decode(h: Heads, threads: int, kept: float, page: int = 64) -> Point:
-    number = round(kept * TOKENS)
-    pages = h.kv_heads * number // page
-
-    def make(rng: np.random.Generator) -> tuple[Inputs, Inputs]:
-        table = rng.permutation(pages).astype(np.int32).reshape(1, h.kv_heads, -1)
-        pool = (pages, page, h.width)
-        given = {"q": _noise(rng, 1, h.heads, 1, h.width), "k": _noise(rng, *pool), "v": _noise(rng, *pool)}
-        held = {"table": table, "held": np.full((1, h.kv_heads), number, np.int32), "queries": np.ones(1, np.int32)}
-        return {**given, **held}, {"out": poisoned((1, h.heads, 1, h.width))}
-
-    pool = f"float[pages,{page},{h.width}]"
-    text = (
-        f"decode (float[1,{h.heads},1,{h.width}] q, {pool} k, {pool} v, int32[1,{h.kv_heads},entries] table, "
-        f"int32[1,{h.kv_heads}] held, int32[1] queries) => (float[1,{h.heads},1,{h.width}] out) {{"
-        "out = trtpass.RaggedAttention<scale=0.0>(q, k, v, table, held, queries) }"
-    )
-    flops = 4.0 * h.width * h.heads * number
-    moved = 8.0 * h.width * h.kv_heads * number
-    return Point(f"RaggedAttention, decode over {number} keys", flops, moved, _time(text, threads, make))
+    """A step of a whole model: one node alone would be mostly the waking of threads."""
+    number, rng = round(kept * TOKENS), np.random.default_rng(0)
+    stack = [ragged.buffers(rng, h, TOKENS, 1) for _ in range(ragged.LAYERS)]
+    held = [ragged.hold(rng, h, TOKENS, 1, kept, page) for _ in stack]
+    call = ragged.paged_call(Graph(ragged.paged(h, len(stack)), threads), h, stack, held, page)
+    seconds = float(np.median(interleave([[call]], REPEATS)))
+    flops, moved = 4.0 * h.width * h.heads * number, 8.0 * h.width * h.kv_heads * number
+    return Point(f"RaggedAttention, decode over {number} keys", flops * len(stack), moved * len(stack), seconds)
 
 
 def plot(found: list[Point], peak: float, read: float, file: Path) -> None:
@@ -174,7 +163,7 @@ def plot(found: list[Point], peak: float, read: float, file: Path) -> None:
 def main(file: Path) -> None:
     """Measure, print a table, and draw."""
     threads, h = cores(), Heads()
-    peak, read = matmul_peak(threads), read_rate(threads)
+    peak, read = matmul_peak(threads), ragged.read_rate(threads)
     found = points(h, threads)
     print(f"matmul {peak:.0f} GFLOP/s, reading {read:.1f} GB/s, {threads} threads")
     for p in found:
