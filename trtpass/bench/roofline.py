@@ -7,6 +7,7 @@ measured to do in the same process: ONNX Runtime's float32 matmul, and reading m
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,11 +150,11 @@ def plot(found: list[Point], peak: float, read: float, file: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 5))
     x = np.geomspace(0.5, 4 * max(p.intensity for p in found), 200)
     axes.plot(x, np.minimum(peak, read * x), color="black", linewidth=1.5)
-    axes.text(x[-1], peak * 0.82, f"ONNX Runtime's matmul: {peak:.0f} GFLOP/s", ha="right", fontsize=8)
-    axes.text(0.55, read * 0.55 * 1.5, f"reading memory: {read:.0f} GB/s", fontsize=8, rotation=38)
-    for p in found:
-        axes.plot(p.intensity, p.rate, "o")
-        axes.annotate(p.name, (p.intensity, p.rate), fontsize=7, xytext=(4, -9), textcoords="offset points")
+    axes.text(peak / read * 1.1, peak * 1.05, f"ONNX Runtime's matmul: {peak:.0f} GFLOP/s", fontsize=8)
+    axes.text(0.8, read * 0.62, f"reading memory:\n{read:.0f} GB/s", fontsize=8, ha="left")
+    for p, marker in zip(found, itertools.cycle("osD^vP*"), strict=False):
+        axes.plot(p.intensity, p.rate, marker, label=p.name, markersize=7, alpha=0.8)
+    axes.legend(loc="lower right", fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="FLOP a byte that must be moved", ylabel="GFLOP/s")
     axes.grid(True, which="both", alpha=0.2)
     figure.tight_layout()
