@@ -60,6 +60,6 @@ clean:  ## caches of tools; engines and the environment stay
 	@rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find trtpass plugins graphs tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean  ## also the environment, the downloads and all engines
-	@rm -rf .venv .venv-serve .cache
+distclean: clean  ## also the environment, the downloads, the native kernels and all engines
+	@rm -rf .venv .venv-serve .cache plugins/_native/lib
 	@find engines -mindepth 1 ! -name README.md -delete

@@ -213,8 +213,7 @@ def _native() -> tuple[str, str, str]:
         number = len(library.operators)
         return OK, f"{number} operators, {native.isa()} on this machine (compiled: {', '.join(library.isas)})", ""
     tools = native_build.toolchain()
-    reason = library.partition(": make")[0]
-    means = f"{reason}: bodies of standard operators take their place, slower"
+    means = f"{native.why(library)}: bodies of standard operators take their place, slower"
     return (MISSING, means, "make native") if isinstance(tools, native_build.Toolchain) else (MISSING, means, tools)
 
 

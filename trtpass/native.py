@@ -136,8 +136,13 @@ def need() -> Library:
     """
     library = find()
     if isinstance(library, str):
-        raise InputError(library, "the library of native kernels", BUILD)
+        raise InputError(why(library), "the library of native kernels", BUILD)
     return library
+
+
+def why(reason: str) -> str:
+    """A reason of ``find`` without what to do about it, for where that is said beside it."""
+    return reason.removesuffix(f": {BUILD}")
 
 
 def fits(op: Op, dtypes: Mapping[str, str | None]) -> bool | str:
