@@ -180,4 +180,68 @@ inline void attend(const Widths& w, const Block& block, std::int64_t count, std:
   }
 }
 
+// Keys and values of several sets, packed: scratch memory of a call.
+struct Packed {
+  const Widths& widths;
+  std::int64_t most;  // rows of the largest set
+  float *keys, *values;
+
+  float* keys_of(std::int64_t set) const { return keys + set * widths.key_floats(most); }
+  float* values_of(std::int64_t set) const { return values + set * widths.value_floats(most); }
+};
+
+// Packs all sets on all threads: count(set) rows each, `most` at most; place(set, i) is the Place of the i-th.
+template <class Count, class At>
+TRTPASS_INLINE Packed pack_all(Call& call, const Widths& w, Type type, std::int64_t sets, std::int64_t most,
+                               const Count& count, const At& place) {
+  const Packed packed{w, most, call.scratch_floats(sets * w.key_floats(most)),
+                      call.scratch_floats(sets * w.value_floats(most))};
+  constexpr int kTogether = 8;  // panels of a unit
+  const std::int64_t panels = (most + kPanel - 1) / kPanel;
+  call.parallel(sets * ((panels + kTogether - 1) / kTogether), [&](std::int64_t unit, int) {
+    const std::int64_t set = unit % sets, n = count(set);
+    const auto row = [&](std::int64_t i) { return place(set, i); };
+    for (std::int64_t p = unit / sets * kTogether, end = p + kTogether; p < end && p * kPanel < n; ++p)
+      pack_panel(w, type, p * kPanel, n, row, packed.keys_of(set), packed.values_of(set));
+  });
+  return packed;
+}
+
+// The query rows of a head: `count` of them attend to a packed set, of which the first row sees `visible` keys.
+struct Queries {
+  std::int64_t set, count, visible;
+};
+
+// Attends on all threads. of(head) are its Queries, `most` at most; query(head, i) is the place of the i-th; and
+// write(head, first, rows, block) takes over what rows [first, first + rows) came to; once for a head without rows.
+//
+// Units go head by head, so that its keys and values stay in the caches; of a head the last blocks first: they see most
+// keys, and what is left at the end should be small.
+template <class Of, class Query, class Write>
+TRTPASS_INLINE void attend_all(Call& call, const Packed& packed, Type type, float scale, std::int64_t heads,
+                               std::int64_t most, const Of& of, const Query& query, const Write& write) {
+  const Widths& w = packed.widths;
+  const std::int64_t blocks = most == 0 ? 1 : (most + kBlock - 1) / kBlock;
+  const std::int64_t floats = round_up(Block::floats(w), 16);
+  float* memory = call.scratch_floats(floats * call.workers());
+  call.parallel(heads * blocks, [&](std::int64_t unit, int worker) {
+    const std::int64_t head = unit / blocks, first = (blocks - 1 - unit % blocks) * kBlock;
+    const Queries mine = of(head);
+    if (first > 0 && first >= mine.count) return;
+    const std::int64_t rows = mine.count - first < kBlock ? mine.count - first : kBlock;
+    const Block block(w, memory + worker * floats);
+    for (std::int64_t i = 0; i < rows; ++i)
+      read_row(block.queries + i * w.depth, query(head, first + i), type, w.depth, scale);
+    for (std::int64_t i = rows * w.depth; i < round_up(rows, kRows) * w.depth; ++i) block.queries[i] = 0.0f;
+    if (rows > 0)
+      attend(w, block, rows, mine.visible + first, packed.keys_of(mine.set), packed.values_of(mine.set));
+    write(head, first, rows, block);
+  });
+}
+
+// The factor of the scores in powers of two; 0 was given where it is 1 / sqrt(D).
+TRTPASS_INLINE float exponent_scale(float given, std::int64_t depth) {
+  return (given != 0.0f ? given : 1.0f / __builtin_sqrtf(static_cast<float>(depth))) * kLog2e;
+}
+
 }  // namespace trtpass::TRTPASS_ISA

@@ -126,8 +126,7 @@ TRTPASS_KERNEL(column_mass) {
   for (std::int64_t b = 0; b < batch; ++b)
     if (lengths[b] < 0 || lengths[b] > tokens)
       fail("ColumnMass.lengths holds %d; expected 0 to S = %lld", lengths[b], (long long)tokens);
-  const float given = call.number("scale");
-  const float scale = (given != 0.0f ? given : 1.0f / __builtin_sqrtf(static_cast<float>(depth))) * kLog2e;
+  const float scale = exponent_scale(call.number("scale"), depth);
   Tensor mass = call.output("mass", {batch, heads, tokens});
 
   const std::int64_t owners = batch * key_heads, panels = (tokens + kPanel - 1) / kPanel;

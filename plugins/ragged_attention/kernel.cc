@@ -394,40 +394,28 @@ void attend_many(Call& call, const Shapes& shapes, const Owner* owners, std::int
     held = owners[i].held > held ? owners[i].held : held;
     queries = owners[i].queries > queries ? owners[i].queries : queries;
   }
-  float* keys = call.scratch_floats(owner_count * w.key_floats(held));
-  float* values = call.scratch_floats(owner_count * w.value_floats(held));
-  constexpr int kTogether = 8;  // panels of a unit of packing
-  const std::int64_t panels = (held + kPanel - 1) / kPanel;
-  call.parallel(owner_count * ((panels + kTogether - 1) / kTogether), [&](std::int64_t unit, int) {
-    const std::int64_t number = unit % owner_count;
-    const Owner& o = owners[number];
-    const auto place = [&](std::int64_t slot) {
-      return Place{shapes.keys.row(o.table, slot), shapes.values.row(o.table, slot)};
-    };
-    for (std::int64_t p = unit / owner_count * kTogether, end = p + kTogether; p < end && p * kPanel < o.held; ++p)
-      pack_panel(w, shapes.q.type, p * kPanel, o.held, place, keys + number * w.key_floats(held),
-                 values + number * w.value_floats(held));
-  });
-
-  const std::int64_t blocks = (queries + kBlock - 1) / kBlock, heads = owner_count * shapes.group;
-  const std::int64_t floats = round_up(Block::floats(w), 16);
-  float* memory = call.scratch_floats(floats * call.workers());
-  call.parallel(heads * blocks, [&](std::int64_t unit, int worker) {
-    const std::int64_t number = unit % heads / shapes.group;
-    const Owner& o = owners[number];
-    const std::int64_t h = o.g * shapes.group + unit % shapes.group, first = (blocks - 1 - unit / heads) * kBlock;
-    const std::int64_t rows = o.queries - first < kBlock ? o.queries - first : kBlock;
-    if (rows <= 0) return;
-    const Block block(w, memory + worker * floats);
-    for (std::int64_t i = 0; i < rows; ++i)
-      read_row(block.queries + i * w.depth, shapes.q.row(o.b, h, first + i), shapes.q.type, w.depth, shapes.scale);
-    for (std::int64_t i = rows * w.depth; i < round_up(rows, kRows) * w.depth; ++i) block.queries[i] = 0.0f;
-    attend(w, block, rows, o.held - o.queries + first + 1, keys + number * w.key_floats(held),
-           values + number * w.value_floats(held));
-    for (std::int64_t i = 0; i < rows; ++i)
-      if (o.held - o.queries + first + i >= 0)
-        write_row(out.row(o.b, h, first + i), out.type, block.rows + i * w.padded, w.values, 1.0f / block.total[i]);
-  });
+  const Packed packed = pack_all(
+      call, w, shapes.q.type, owner_count, held, [&](std::int64_t number) { return owners[number].held; },
+      [&](std::int64_t number, std::int64_t slot) {
+        const std::int32_t* table = owners[number].table;
+        return Place{shapes.keys.row(table, slot), shapes.values.row(table, slot)};
+      });
+  const auto owner_of = [&](std::int64_t head) -> const Owner& { return owners[head / shapes.group]; };
+  const auto head_of = [&](std::int64_t head) { return owner_of(head).g * shapes.group + head % shapes.group; };
+  attend_all(
+      call, packed, shapes.q.type, shapes.scale, owner_count * shapes.group, queries,
+      [&](std::int64_t head) {
+        const Owner& o = owner_of(head);
+        return Queries{head / shapes.group, o.queries, o.held - o.queries + 1};
+      },
+      [&](std::int64_t head, std::int64_t i) { return shapes.q.row(owner_of(head).b, head_of(head), i); },
+      [&](std::int64_t head, std::int64_t first, std::int64_t rows, const Block& block) {
+        const Owner& o = owner_of(head);
+        for (std::int64_t i = 0; i < rows; ++i)
+          if (o.held - o.queries + first + i >= 0)  // else it sees nothing, and is zero already
+            write_row(out.row(o.b, head_of(head), first + i), out.type, block.rows + i * w.padded, w.values,
+                      1.0f / block.total[i]);
+      });
 }
 
 void check_pages(const Owner& o, std::int64_t page_size, std::int64_t pages) {
@@ -446,8 +434,7 @@ TRTPASS_KERNEL(ragged_attention) {
   const std::int64_t tokens = call.size("S"), slots = call.size("M") * call.size("Z");
   if (key_heads < 1 || heads % key_heads)
     fail("RaggedAttention has H = %lld and Hkv = %lld; expected a multiple", (long long)heads, (long long)key_heads);
-  const float given = call.number("scale");
-  const float scale = (given != 0.0f ? given : 1.0f / __builtin_sqrtf(static_cast<float>(call.size("D")))) * kLog2e;
+  const float scale = exponent_scale(call.number("scale"), call.size("D"));
   const Shapes shapes{q, Pool(call.input("k_pages")), Pool(call.input("v_pages")), heads / key_heads, scale};
   Tensor out = call.output("out", {batch, heads, tokens, call.size("Dv")});
 

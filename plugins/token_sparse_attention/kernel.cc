@@ -40,8 +40,7 @@ TRTPASS_KERNEL(token_sparse_attention) {
   if (sets != heads && sets != key_heads)
     fail("TokenSparseAttention.index has N = %lld; expected N = H = %lld or N = Hkv = %lld", (long long)sets,
          (long long)heads, (long long)key_heads);
-  const float given = call.number("scale");
-  const float scale = (given != 0.0f ? given : 1.0f / __builtin_sqrtf(static_cast<float>(w.depth))) * kLog2e;
+  const float scale = exponent_scale(call.number("scale"), w.depth);
   Tensor out = call.output("out", {batch, heads, tokens, w.values});
 
   auto* chosen = static_cast<Selection*>(call.scratch(static_cast<std::size_t>(batch * sets) * sizeof(Selection)));
@@ -50,45 +49,30 @@ TRTPASS_KERNEL(token_sparse_attention) {
     chosen[set] = checked(index, count, set, tokens);
     most = chosen[set].count > most ? chosen[set].count : most;
   }
-  const std::int64_t panels = (most + kPanel - 1) / kPanel;
-  float* keys = call.scratch_floats(batch * sets * w.key_floats(most));
-  float* values = call.scratch_floats(batch * sets * w.value_floats(most));
-  constexpr int kTogether = 8;  // panels of a unit of packing
-  call.parallel(batch * sets * ((panels + kTogether - 1) / kTogether), [&](std::int64_t unit, int) {
-    const std::int64_t set = unit % (batch * sets), b = set / sets, g = set % sets * key_heads / sets;
-    const Selection s = chosen[set];
-    const auto place = [&](std::int64_t i) { return Place{k.row(b, g, s.index[i]), v.row(b, g, s.index[i])}; };
-    for (std::int64_t p = unit / (batch * sets) * kTogether, end = p + kTogether; p < end && p * kPanel < s.count; ++p)
-      pack_panel(w, q.type, p * kPanel, s.count, place, keys + set * w.key_floats(most),
-                 values + set * w.value_floats(most));
-  });
-
-  // Head by head, so that its keys and values stay in the caches; of a head the last blocks first: they see most keys, and
-  // what is left at the end should be small.
-  const std::int64_t blocks = most == 0 ? 1 : (most + kBlock - 1) / kBlock;
-  const std::int64_t floats = round_up(Block::floats(w), 16);
-  float* memory = call.scratch_floats(floats * call.workers());
-  call.parallel(batch * heads * blocks, [&](std::int64_t unit, int worker) {
-    const std::int64_t b = unit / blocks / heads, h = unit / blocks % heads, set = b * sets + h * sets / heads;
-    const Selection s = chosen[set];
-    const std::int64_t mine = s.count == 0 ? 1 : (s.count + kBlock - 1) / kBlock;
-    const std::int64_t number = blocks - 1 - unit % blocks;
-    if (number >= mine) return;
-    const std::int64_t first = number * kBlock, rows = s.count - first < kBlock ? s.count - first : kBlock;
-    const Block block(w, memory + worker * floats);
-    for (std::int64_t i = 0; i < rows; ++i)
-      read_row(block.queries + i * w.depth, q.row(b, h, s.index[first + i]), q.type, w.depth, scale);
-    for (std::int64_t i = rows * w.depth; i < round_up(rows, kRows) * w.depth; ++i) block.queries[i] = 0.0f;
-    if (rows > 0)
-      attend(w, block, rows, first + 1, keys + set * w.key_floats(most), values + set * w.value_floats(most));
-    // The rows of this block, and zeros before each of them; the last block also writes the zeros behind.
-    std::int64_t next = first == 0 ? 0 : s.index[first - 1] + 1;
-    for (std::int64_t i = 0; i < rows; ++i) {
-      const std::int64_t at = s.index[first + i];
-      for (; next < at; ++next) zero_row(out.row(b, h, next), out.type, w.values);
-      write_row(out.row(b, h, next++), out.type, block.rows + i * w.padded, w.values, 1.0f / block.total[i]);
-    }
-    if (number == mine - 1)
-      for (; next < tokens; ++next) zero_row(out.row(b, h, next), out.type, w.values);
-  });
+  const Packed packed = pack_all(
+      call, w, q.type, batch * sets, most, [&](std::int64_t set) { return chosen[set].count; },
+      [&](std::int64_t set, std::int64_t i) {
+        const std::int64_t b = set / sets, g = set % sets * key_heads / sets, at = chosen[set].index[i];
+        return Place{k.row(b, g, at), v.row(b, g, at)};
+      });
+  const auto set_of = [&](std::int64_t head) { return head * sets / heads; };  // of all batch rows
+  attend_all(
+      call, packed, q.type, scale, batch * heads, most,
+      [&](std::int64_t head) { return Queries{set_of(head), chosen[set_of(head)].count, 1}; },
+      [&](std::int64_t head, std::int64_t i) {
+        return q.row(head / heads, head % heads, chosen[set_of(head)].index[i]);
+      },
+      // The rows of a block, and zeros before each of them; the last block also writes the zeros behind.
+      [&](std::int64_t head, std::int64_t first, std::int64_t rows, const Block& block) {
+        const Selection s = chosen[set_of(head)];
+        const auto row = [&](std::int64_t at) { return out.row(head / heads, head % heads, at); };
+        std::int64_t next = first == 0 ? 0 : s.index[first - 1] + 1;
+        for (std::int64_t i = 0; i < rows; ++i) {
+          const std::int64_t at = s.index[first + i];
+          for (; next < at; ++next) zero_row(row(next), out.type, w.values);
+          write_row(row(next++), out.type, block.rows + i * w.padded, w.values, 1.0f / block.total[i]);
+        }
+        if (first + rows == s.count)
+          for (; next < tokens; ++next) zero_row(row(next), out.type, w.values);
+      });
 }
