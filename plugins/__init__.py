@@ -18,3 +18,14 @@ def all_ops() -> dict[str, Op]:
             loaded = importlib.import_module(f"{__name__}.{module.name}")
             found[loaded.OP.name] = loaded.OP
     return found
+
+
+@cache
+def kernel_ops() -> dict[str, Op]:
+    """Every operator that has Triton kernels, steps of others included, by name. Needs triton."""
+    found: dict[str, Op] = {}
+    for op in all_ops().values():
+        for made in (op, *(step.op for step in (op.step_list() if op.step_list else ()))):
+            if made.kernel_list is not None:
+                found[made.name] = made
+    return found

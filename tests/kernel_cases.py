@@ -1,69 +1,148 @@
-"""Every kernel with every case of its operator, and how one runs among guards."""
+"""Every kernel, tactic and step with every case of its operator, and how one runs among guards."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from one_op import in_torch
 
 from plugins import all_ops
-from trtpass.kernels import launch
-from trtpass.op import Case, Kernel, Op
+from trtpass.kernel import Kernel
+from trtpass.launch import floating_of, is_floating, launch, run_steps
+from trtpass.op import Case, Op
 
 GUARD = 4096  # elements before and after every tensor; a multiple of 16 bytes
+BFLOAT16 = 2  # cases of each operator that are tried in bfloat16 too
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One launch: a kernel with one of its tactics, on the inputs that ``make`` gives."""
+
+    name: str
+    op: Op
+    kernel: Kernel
+    tactic: int
+    make: Callable[[], Sequence[torch.Tensor]]
+    attrs: dict[str, Any]
+
+    @property
+    def floating(self) -> str:
+        return floating_of(self.op, [str(x.dtype).removeprefix("torch.") for x in self.make()])
+
+
+def outputs_of(op: Op, inputs: Sequence[torch.Tensor], attrs: Any) -> tuple[torch.Tensor, ...]:
+    """The reference."""
+    made = op(*inputs, **attrs)
+    return made if isinstance(made, tuple) else (made,)
+
+
+def tensors(op: Op, case: Case, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    """The inputs of a case, floating ports in ``dtype`` if that is given."""
+    found = [torch.from_numpy(x) for x in case.make(0)]
+    return [x.to(dtype) if dtype and is_floating(port) else x for port, x in zip(op.inputs, found, strict=True)]
 
 
 def kernels() -> list[Any]:
-    found = []
+    """Each operator, steps included, with each of its kernels."""
+    from plugins import kernel_ops
+
+    return [
+        pytest.param(op, kernel, id=f"{op.name}-{kernel.name}")
+        for op in kernel_ops().values()
+        for kernel in (op.kernel_list() if op.kernel_list else ())
+    ]
+
+
+def stepped() -> list[Op]:
+    """Operators that several launches compute."""
+    return [op for op in all_ops().values() if op.step_list]
+
+
+@cache
+def trials() -> tuple[Trial, ...]:
+    """Every case with the first tactic of every kernel, every other tactic on a part of them, bfloat16 on a few."""
+    found: list[Trial] = []
     for op in all_ops().values():
-        for kernel in op.kernel_list() if op.kernel_list else ():
-            found.append(pytest.param(op, kernel, id=f"{op.name}-{kernel.function.__name__}"))
-    return found
+        cases = list(op.case_list()) if op.case_list else []
+        steps = [step.op for step in (op.step_list() if op.step_list else ())]
+        for part in (op, *dict.fromkeys(steps)):
+            for kernel in part.kernel_list() if part.kernel_list else ():
+                for number, case in enumerate(cases):
+                    made: list[tuple[int, torch.dtype | None]] = [(0, None)]
+                    if (tactic := number % len(kernel.tactics)) > 0:
+                        made.append((tactic, None))
+                    if number < BFLOAT16 and any(map(is_floating, part.inputs)):
+                        made.append((0, torch.bfloat16))
+                    found += [_trial(op, part, kernel, case, *way) for way in made]
+    return tuple(found)
 
 
-def kernel_cases() -> list[Any]:
-    found = []
-    for parameters in kernels():
-        op, kernel = parameters.values
-        for case in op.case_list() if op.case_list else ():
-            found.append(pytest.param(op, kernel, case, id=f"{parameters.id}-{case.name}"))
-    return found
+def _trial(whole: Op, part: Op, kernel: Kernel, case: Case, tactic: int, dtype: torch.dtype | None) -> Trial:
+    def make() -> Sequence[torch.Tensor]:
+        inputs = tensors(whole, case, dtype)
+        return inputs if part is whole else _inputs_of_step(whole, part, inputs, case.attrs)
+
+    own = {name: value for name, value in whole.complete(case.attrs).items() if name in {a.name for a in part.attrs}}
+    extra = f"-tactic{tactic}" * (tactic > 0) + "-bfloat16" * (dtype is not None)
+    return Trial(f"{part.name}-{kernel.name}-{case.name}{extra}", part, kernel, tactic, make, own)
 
 
-def guarded(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _inputs_of_step(whole: Op, part: Op, inputs: Sequence[torch.Tensor], attrs: Any) -> Sequence[torch.Tensor]:
+    """What reaches the step ``part`` where the references compute those before it."""
+    reached: list[Sequence[torch.Tensor]] = []
+
+    def run(op: Op, given: Sequence[Any], own: Any) -> Sequence[Any]:
+        if op is part:
+            reached.append(given)
+        return outputs_of(op, given, own)
+
+    run_steps(whole, inputs, attrs, run)
+    return reached[0]
+
+
+def guarded(shape: Sequence[int], dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A tensor within a poisoned buffer, and the buffer: NaN, or the most negative integer."""
     poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
     size = int(np.prod(shape))
     buffer = torch.full((size + 2 * GUARD,), poison, dtype=dtype, device=device)
-    return buffer[GUARD : GUARD + size].view(shape), buffer
+    return buffer[GUARD : GUARD + size].view(tuple(shape)), buffer
 
 
-def run(op: Op, kernel: Kernel, case: Case, device: str) -> list[np.ndarray]:
+def run(trial: Trial, device: str) -> list[torch.Tensor]:
     """One launch on poisoned outputs: each whole buffer, guards included."""
-    inputs = []
-    for array in case.make(0):
-        tensor, _ = guarded(array.shape, torch.from_numpy(array).dtype, device)
-        inputs.append(tensor.copy_(torch.from_numpy(array)))
-    expected = in_torch(op, case.make(0), case.attrs)
-    outputs = [guarded(x.shape, torch.from_numpy(x).dtype, device) for x in expected]
-    launch(op, kernel, inputs, [tensor for tensor, _ in outputs], case.attrs)
-    return [buffer.cpu().numpy() for _, buffer in outputs]
+    given: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for port, x in zip(trial.op.inputs, trial.make(), strict=True):
+        given[port.name] = guarded(x.shape, x.dtype, device)
+        given[port.name][0].copy_(x)
+    expected = outputs_of(trial.op, trial.make(), trial.attrs)
+    outputs = [
+        given[trial.op.aliases[port.name]] if port.name in trial.op.aliases else guarded(x.shape, x.dtype, device)
+        for port, x in zip(trial.op.outputs, expected, strict=True)
+    ]
+    inputs = [tensor for tensor, _ in given.values()]
+    launch(trial.op, trial.kernel, inputs, [tensor for tensor, _ in outputs], trial.attrs, trial.tactic)
+    return [buffer.cpu() for _, buffer in outputs]
 
 
-def check(op: Op, case: Case, buffers: list[np.ndarray]) -> None:
+def check(trial: Trial, buffers: Sequence[torch.Tensor]) -> None:
     """Outputs equal the reference: integers exactly, floats within the tolerance, zeros exactly; guards are whole."""
-    inputs = case.make(0)
-    dtype = next(str(x.dtype) for x in inputs if x.dtype.kind == "f")
-    for port, buffer, expected in zip(op.outputs, buffers, in_torch(op, inputs, case.attrs), strict=True):
-        guards = np.concatenate([buffer[:GUARD], buffer[-GUARD:]])
-        assert np.all(np.isnan(guards) if guards.dtype.kind == "f" else guards == np.iinfo(guards.dtype).min), port.name
-        actual = buffer[GUARD:-GUARD].reshape(expected.shape)
-        if expected.dtype.kind == "i":
-            np.testing.assert_array_equal(actual, expected, err_msg=port.name)
-        else:
-            assert np.all(actual[expected == 0] == 0), f"{port.name}: not 0 where the reference is"
-            limits = {"rtol": op.tolerance.rtol[dtype], "atol": op.tolerance.atol[dtype]}
-            np.testing.assert_allclose(actual.astype("f8"), expected.astype("f8"), **limits, err_msg=port.name)
+    op = trial.op
+    for port, buffer, expected in zip(op.outputs, buffers, outputs_of(op, trial.make(), trial.attrs), strict=True):
+        assert buffer.dtype == expected.dtype, port.name
+        guards = torch.cat([buffer[:GUARD], buffer[-GUARD:]])
+        floating = expected.dtype.is_floating_point
+        whole = guards.isnan() if floating else guards == torch.iinfo(guards.dtype).min
+        assert bool(whole.all()), f"{port.name}: written outside"
+        actual = buffer[GUARD:-GUARD].view(expected.shape)
+        if not floating:
+            np.testing.assert_array_equal(actual.numpy(), expected.numpy(), err_msg=port.name)
+            continue
+        assert bool((actual[expected == 0] == 0).all()), f"{port.name}: not 0 where the reference is"
+        limits = op.tolerance.of(trial.floating)
+        np.testing.assert_allclose(actual.double().numpy(), expected.double().numpy(), **limits, err_msg=port.name)

@@ -1,24 +1,56 @@
-"""``python tests/kernel_worker.py OUT.npz``: every kernel in Triton's interpreter, on every case that is small enough.
+"""``python tests/kernel_worker.py OUT.pt [SUBSTRING]``: kernels in Triton's interpreter, on every case.
 
-A process of its own, because triton reads the variable when it is imported.
+A process of its own, because triton reads the variable when it is imported. ``OUT.pt.K-of-N`` writes every Nth trial
+from the Kth on. What a trial raised is written in its place.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
+import time
+from typing import Any
 
-SMALL = 160  # tokens: the interpreter takes a second for a dozen programs of a few tiles
+
+def widen_products() -> None:
+    """Triton 3.9's interpreter multiplies the bits of bfloat16 as integers: make them float32 first, as they are."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    product = InterpreterBuilder.create_dot
+
+    def wide(x: TensorHandle) -> TensorHandle:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *others: Any) -> TensorHandle:
+        return product(self, wide(a), wide(b), *others)
+
+    InterpreterBuilder.create_dot = create_dot
+
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
-    import numpy as np
-    from kernel_cases import kernel_cases, run
+    import torch
+    from kernel_cases import run, trials
 
+    widen_products()
+    torch.set_num_threads(1)
+    out = sys.argv[1]
+    wanted = sys.argv[2] if len(sys.argv) > 2 else ""
+    part = re.search(r"\.(\d+)-of-(\d+)$", out)
+    first, step = (int(part[1]), int(part[2])) if part else (0, 1)
     made = {}
-    for parameters in kernel_cases():
-        op, kernel, case = parameters.values
-        if op.bind([x.shape for x in case.make(0)])["S"] <= SMALL:
-            for number, buffer in enumerate(run(op, kernel, case, "cpu")):
-                made[f"{parameters.id} {number}"] = buffer
-    np.savez(sys.argv[1], **made)
+    for trial in trials()[first::step]:
+        if wanted not in trial.name:
+            continue
+        started = time.monotonic()
+        try:
+            made[trial.name] = run(trial, "cpu")
+        except Exception as error:  # noqa: BLE001 - whatever the interpreter raised is what the test reports
+            made[trial.name] = f"{type(error).__name__}: {error}"
+        print(f"{time.monotonic() - started:6.1f} s  {trial.name}", file=sys.stderr)
+    torch.save(made, out)

@@ -26,11 +26,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from trtpass.errors import InputError
+from trtpass.kernel import Kernel
 
 DOMAIN = "trtpass"
 VERSION = 1
 
-FLOATS = ("float32", "float16")
+FLOATS = ("float32", "float16")  # of bodies and CPU kernels; Triton kernels take bfloat16 at the same ports
+KERNEL_FLOATS = ("float16", "bfloat16", "float32")
 FLOAT32 = ("float32",)
 INT32 = ("int32",)
 
@@ -71,6 +73,11 @@ class Tolerance:
     rtol: Mapping[str, float]
     reason: str
 
+    def of(self, dtype: str) -> dict[str, float]:
+        """``atol`` and ``rtol`` for a dtype. bfloat16, of kernels alone, has 3 bits less than float16: 8 times."""
+        times, known = (8, "float16") if dtype == "bfloat16" else (1, dtype)
+        return {"atol": times * self.atol.get(known, 0.0), "rtol": times * self.rtol.get(known, 0.0)}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -86,49 +93,16 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Launch:
-    """How a kernel is started for given shapes.
+class Step:
+    """One of several launches that together compute an operator on a GPU, each an operator of its own.
 
-    Args:
-        grid: the number of programs along three axes, `(x, y, z)`; y and z at most 65535.
-        extras: the values of ``Kernel.extras``.
-        constexprs: what the kernel is compiled for, by parameter name; they depend on fixed dimensions only.
-        warps: warps of a program, 32 threads each.
-        stages: depth of software pipelining.
+    ``inputs`` and ``outputs`` name tensors: ports of the whole operator, or what an earlier step made. Attributes of
+    the same name carry over.
     """
 
-    grid: tuple[Any, Any, Any]
-    extras: tuple[Any, ...]
-    constexprs: Mapping[str, int | float | str]
-    warps: int = 4
-    stages: int = 2
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A Triton kernel of an operator: one launch that writes every element of every output.
-
-    The parameters of ``function`` are, in this order: input pointers, int32 extras, output pointers, constexprs;
-    pointers are named as their ports. Tensors are contiguous and aligned to 16 bytes. There is no workspace.
-
-    ``dims``, ``attrs`` and ``dtypes`` are namespaces: sizes by dimension name, completed attributes, dtypes by port
-    name. Only the fixed dimensions are sure to be ints; grid and extras are plain integer arithmetic on the others,
-    which may be symbols (write ``T * k``, never ``k * T``).
-
-    Args:
-        function: the ``@triton.jit`` function.
-        fixed: names of the dimensions that the kernel is compiled for, such as head widths.
-        extras: names of the int32 scalars.
-        geometry: ``(dims, attrs, dtypes) -> Launch``.
-        supports: ``(dims, attrs, dtypes, cc) -> True`` or the reason in words why this kernel does not apply, from
-            fixed dimensions only; ``cc`` is a compute capability such as 89.
-    """
-
-    function: Any
-    fixed: tuple[str, ...]
-    extras: tuple[str, ...]
-    geometry: Callable[[SimpleNamespace, SimpleNamespace, SimpleNamespace], Launch]
-    supports: Callable[[SimpleNamespace, SimpleNamespace, SimpleNamespace, int], bool | str]
+    op: Op
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
 ShapeFn = Callable[[SimpleNamespace, SimpleNamespace], Mapping[str, Sequence[Any]]]
@@ -136,7 +110,10 @@ ShapeFn = Callable[[SimpleNamespace, SimpleNamespace], Mapping[str, Sequence[Any
 
 @dataclass
 class Op:
-    """An operator: schema (from the reference's signature), shapes, bodies, cases, tolerance, source."""
+    """An operator: schema (from the reference's signature), shapes, bodies, cases, tolerance, source.
+
+    ``aliases`` maps an output to the input whose memory it may share: a kernel then writes only what changes.
+    """
 
     name: str
     reference: Callable[..., Any]
@@ -150,6 +127,8 @@ class Op:
     bodies: dict[str, Callable[[], Any]] = field(default_factory=dict)
     case_list: Callable[[], Sequence[Case]] | None = None
     kernel_list: Callable[[], Sequence[Kernel]] | None = None
+    step_list: Callable[[], Sequence[Step]] | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, *inputs: Any, **attrs: Any) -> Any:
         """The reference itself."""
@@ -184,6 +163,15 @@ class Op:
     def kernels(self, make: Callable[[], Sequence[Kernel]]) -> Callable[[], Sequence[Kernel]]:
         """Decorator: attach the Triton kernels, best first. Called only where triton is installed."""
         self.kernel_list = make
+        return make
+
+    def steps(self, make: Callable[[], Sequence[Step]]) -> Callable[[], Sequence[Step]]:
+        """Decorator: attach the launches that compute this operator together, where one cannot (or not well).
+
+        Step operators have a reference and kernels, no bodies and no cases: they exist only where kernels do, and are
+        tested on what earlier steps make of this operator's cases.
+        """
+        self.step_list = make
         return make
 
     def complete(self, attrs: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,7 +227,9 @@ def _port(annotation: Any) -> Port:
     raise TypeError(f"{annotation!r}: annotate tensors as Annotated[Tensor, Port(dims, dtypes)]")
 
 
-def op(*, name: str, source: str, shape: ShapeFn, tolerance: Tolerance) -> Callable[[Callable[..., Any]], Op]:
+def op(
+    *, name: str, source: str, shape: ShapeFn, tolerance: Tolerance, aliases: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., Any]], Op]:
     """Declare an operator from its reference function; see the module docstring.
 
     Args:
@@ -247,6 +237,7 @@ def op(*, name: str, source: str, shape: ShapeFn, tolerance: Tolerance) -> Calla
         source: paper (arXiv id) and section that defines it.
         shape: ``(dims, attrs) -> {output: shape}`` in plain integer arithmetic; write ``T * k``, never ``k * T``.
         tolerance: how far bodies and kernels may be from this reference.
+        aliases: for each output that may share memory with an input, that input; both have one shape and dtype.
     """
 
     def declare(reference: Callable[..., Any]) -> Op:
@@ -266,7 +257,10 @@ def op(*, name: str, source: str, shape: ShapeFn, tolerance: Tolerance) -> Calla
         outputs = _ports_of_return(hints["return"])
         if not all(port.name for port in outputs):
             raise TypeError(f"{name}: every output Port needs a name")
-        folder = reference.__module__.rsplit(".", 1)[-1]
-        return Op(name, reference, tuple(inputs), tuple(outputs), tuple(attrs), shape, source, tolerance, folder)
+        folder = reference.__module__.split(".")[1] if "." in reference.__module__ else reference.__module__
+        return Op(
+            name, reference, tuple(inputs), tuple(outputs), tuple(attrs), shape, source, tolerance, folder,
+            aliases=dict(aliases or {}),
+        )  # fmt: skip
 
     return declare

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from trtpass.errors import InputError
-from trtpass.op import FLOATS, INT32, Case, Kernel, Port, Tolerance, op
+from trtpass.kernel import Kernel
+from trtpass.op import FLOATS, INT32, Case, Port, Tolerance, op
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import triton
 import triton.language as tl
 
-from trtpass.op import Kernel, Launch
+from trtpass.kernel import Example, Kernel, Launch
 
 MAX_WIDTH = 128  # of q and of v: wider tiles spill registers or outgrow the 99 KiB of shared memory of SM86, 89 and 120
 
@@ -91,9 +91,9 @@ def attend_selected(  # type: ignore[no-untyped-def]
     tl.store(out + (query_head + position)[:, None] * DV + dv, attended, mask=own[:, None] & (dv < DV))
 
 
-def _geometry(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace) -> Launch:
+def _geometry(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace) -> Launch:
     wide = dtypes.q == "float32"
-    block = 32 if wide else 64
+    block = 32 if wide else tactic.block
     constexprs = {
         "D": d.D,
         "DV": d.Dv,
@@ -110,12 +110,26 @@ def _geometry(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace) -
     return Launch(grid, extras, constexprs, warps=8 if large else 4, stages=1 if large and wide else 2)
 
 
-def _supports(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, cc: int) -> bool | str:
+def _supports(
+    d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace, cc: int
+) -> bool | str:
     if cc < 80:
         return f"compute capability {cc} is below 80"
     if max(d.D, d.Dv) > MAX_WIDTH:
         return f"head width {max(d.D, d.Dv)} is above {MAX_WIDTH}"
     return True
+
+
+def _example(tokens: int) -> Example:
+    kept, heads, key_heads, width = tokens // 2, 32, 8, 128
+    return Example(
+        sizes={"B": 1, "H": heads, "Hkv": key_heads, "S": tokens, "D": width, "Dv": width, "N": heads, "C": kept},
+        flops=heads * kept * (kept + 1) / 2 * 4 * width,
+        bytes=2 * width * (heads * kept + 2 * key_heads * tokens + heads * tokens) + 4 * heads * kept,
+        tensor=True,
+        attrs={},
+        note="half of the tokens kept",
+    )
 
 
 KERNEL = Kernel(
@@ -124,4 +138,6 @@ KERNEL = Kernel(
     extras=("tokens", "slots", "sets", "key_heads"),
     geometry=_geometry,
     supports=_supports,
+    example=_example,
+    tactics=({"block": 64}, {"block": 128}),
 )

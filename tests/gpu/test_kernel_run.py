@@ -1,4 +1,4 @@
-"""Every kernel equals its reference on the GPU of this machine, on every case of its operator."""
+"""Every kernel, with every tactic, equals its reference on the GPU of this machine, on every case of its operator."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import pytest
 
 pytest.importorskip("triton", reason="kernels are written in Triton")
 import torch
-from kernel_cases import check, kernel_cases, run
+from kernel_cases import Trial, check, run, trials
 
-from trtpass.kernels import supports
-from trtpass.op import Case, Kernel, Op
+from trtpass.ptx import supports
 
 pytestmark = pytest.mark.gpu
 
@@ -20,12 +19,12 @@ def _gpu() -> None:
         pytest.skip("torch sees no CUDA GPU")
 
 
-@pytest.mark.parametrize(("op", "kernel", "case"), kernel_cases())
-def test_kernel_equals_reference(op: Op, kernel: Kernel, case: Case) -> None:
+@pytest.mark.parametrize("trial", trials(), ids=lambda trial: trial.name)
+def test_kernel_equals_reference(trial: Trial) -> None:
     major, minor = torch.cuda.get_device_capability()
-    inputs = case.make(0)
-    floating = next(str(x.dtype) for x in inputs if x.dtype.kind == "f")
-    reason = supports(op, kernel, op.bind([x.shape for x in inputs]), case.attrs, floating, major * 10 + minor)
+    dims = trial.op.bind([tuple(x.shape) for x in trial.make()])
+    cc = major * 10 + minor
+    reason = supports(trial.op, trial.kernel, dims, trial.attrs, trial.floating, cc, trial.tactic)
     if reason is not True:
         pytest.skip(str(reason))
-    check(op, case, run(op, kernel, case, "cuda"))
+    check(trial, run(trial, "cuda"))
