@@ -13,7 +13,7 @@ import torch
 
 from plugins import all_ops
 from trtpass.kernel import Kernel
-from trtpass.launch import floating_of, is_floating, launch, run_steps
+from trtpass.launch import floating_of, launch, run_steps
 from trtpass.op import Case, Op
 
 GUARD = 4096  # elements before and after every tensor; a multiple of 16 bytes
@@ -45,7 +45,7 @@ def outputs_of(op: Op, inputs: Sequence[torch.Tensor], attrs: Any) -> tuple[torc
 def tensors(op: Op, case: Case, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
     """The inputs of a case, floating ports in ``dtype`` if that is given."""
     found = [torch.from_numpy(x) for x in case.make(0)]
-    return [x.to(dtype) if dtype and is_floating(port) else x for port, x in zip(op.inputs, found, strict=True)]
+    return [x.to(dtype) if dtype and port.floating else x for port, x in zip(op.inputs, found, strict=True)]
 
 
 def kernels() -> list[Any]:
@@ -77,7 +77,7 @@ def trials() -> tuple[Trial, ...]:
                     made: list[tuple[int, torch.dtype | None]] = [(0, None)]
                     if (tactic := number % len(kernel.tactics)) > 0:
                         made.append((tactic, None))
-                    if number < BFLOAT16 and any(map(is_floating, part.inputs)):
+                    if number < BFLOAT16 and any(port.floating for port in part.inputs):
                         made.append((0, torch.bfloat16))
                     found += [_trial(op, part, kernel, case, *way) for way in made]
     return tuple(found)

@@ -65,7 +65,7 @@ def layouts(op: Op) -> list[str]:
 def floating(op: Op, inputs: Sequence[Array]) -> str:
     """The floating type of a call, under which its tolerance is kept."""
     pairs = list(zip(op.inputs, inputs, strict=True))
-    return str(next((x for port, x in pairs if native.is_floating(port)), np.zeros(0, np.float32)).dtype)
+    return str(next((x for port, x in pairs if port.floating), np.zeros(0, np.float32)).dtype)
 
 
 def check(
@@ -142,7 +142,7 @@ def bound(
         shape = shapes[port.name]
         if swapped and len(shape) == 4:
             shape = (shape[0], shape[2], shape[1], shape[3])
-        dtype = np.dtype(floating(op, inputs) if native.is_floating(port) else port.dtypes[0])
+        dtype = np.dtype(floating(op, inputs) if port.floating else port.dtypes[0])
         size = int(np.prod(shape))
         buffer = np.frombuffer(b"\xff" * ((size + 2 * GUARD) * dtype.itemsize), dtype).copy()
         buffers.append(buffer)

@@ -18,7 +18,7 @@ from trtpass import io
 from trtpass.errors import InputError
 from trtpass.half import half_array
 from trtpass.passes.cache import insert_cache
-from trtpass.passes.precision import Fp16, to_fp16
+from trtpass.passes.precision import Fp16, to_half
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 TEST = Opset("trtpass.test", 1)
@@ -49,7 +49,7 @@ def weight(name: str, array: np.ndarray) -> ir.Value:
 def test_weights_activations_and_outputs_become_half_and_names_stay() -> None:
     model = tiny.decoder()
     names = set(model.graph.initializers)
-    to_fp16(model)
+    to_half(model)
     graph = model.graph
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     assert set(graph.initializers) == names
@@ -63,7 +63,7 @@ def test_weights_activations_and_outputs_become_half_and_names_stay() -> None:
 
 def test_positions_are_computed_in_single_and_cast_once_before_rotary() -> None:
     model = tiny.decoder(layers=3)
-    to_fp16(model)
+    to_half(model)
     angles = [n for n in model.graph if n.op_type in ("Cos", "Sin")]
     assert [n.inputs[0].dtype for n in angles] == [FLOAT, FLOAT]
     casts = [n for n in model.graph if n.op_type == "Cast" and n.outputs[0].dtype == HALF]
@@ -75,7 +75,7 @@ def test_logits_agree_with_single_precision() -> None:
     feeds = {"input_ids": ids(2, 40)}
     [single] = run(tiny.decoder(), feeds)
     model = tiny.decoder()
-    to_fp16(model)
+    to_half(model)
     [half] = run(model, feeds)
     assert half.dtype == np.float16
     # 11 bits, a dozen roundings deep, on logits of a few units
@@ -87,7 +87,7 @@ def test_caches_become_half_and_phases_go_on_sharing_weights(tmp_path: Path) -> 
     model = tiny.decoder()
     graphs = {f"{phase}.onnx": insert_cache(model, phase, capacity=16) for phase in ("prefill", "decode")}
     for graph in graphs.values():
-        to_fp16(graph)
+        to_half(graph)
         assert {v.dtype for v in graph.graph.inputs if str(v.name).startswith("past.")} == {HALF}
     io.save_shared({"decode.onnx": graphs["decode.onnx"]}, tmp_path, weights="one.bin")
     io.save_shared(graphs, tmp_path, weights="both.bin")
@@ -106,7 +106,7 @@ def test_no_weight_is_read_before_the_model_is_written() -> None:
                 return tensor
 
             value.const_value = ir.LazyTensor(read, dtype=FLOAT, shape=ir.Shape(tensor.shape), name=value.name)
-    to_fp16(model)
+    to_half(model)
     assert reads == []
     ir.to_proto(model)
     assert {"embedding", "lm_head", "0.q"} <= set(reads)
@@ -121,7 +121,7 @@ def test_weight_beyond_range_is_named(name: str, place: tuple[int, ...], tmp_pat
     array[place] = -7e4
     value.const_value = ir.tensor(array, name=name)
     with pytest.raises(InputError, match=rf"'{name}' holds -70000"):
-        to_fp16(model)
+        to_half(model)
         io.save(model, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -144,7 +144,7 @@ def test_sums_of_squares_stay_single() -> None:
     out = ir.node("Div", [x, root.outputs[0]])
     out.outputs[0].name = "y"
     model = graph_of([square, mean, root, out], [x], [out.outputs[0]], [two, axes])
-    to_fp16(model)
+    to_half(model)
     big = np.full((1, 4), 3e4, np.float16)  # its square overflows float16
     [y] = run(model, {"x": big})
     assert y.dtype == np.float16
@@ -159,7 +159,7 @@ def test_constant_is_made_twice_where_both_types_need_it() -> None:
     other = ir.node("Add", [x, shared])
     scaled.outputs[0].name, other.outputs[0].name = "scaled", "other"
     model = graph_of([position, scaled, other], [x, flag], [scaled.outputs[0], other.outputs[0]], [shared])
-    to_fp16(model)
+    to_half(model)
     assert {v.name: v.dtype for v in model.graph.initializers.values()} == {"shared": FLOAT, "shared.float16": HALF}
     a, b = run(model, {"x": np.ones(1, np.float16), "flag": np.array([3], np.int32)})
     assert (a.dtype, b.dtype) == (np.float32, np.float16)
@@ -178,7 +178,7 @@ def test_loop_carries_keep_one_type() -> None:
     loop = ir.node("Loop", [trip, on, x], {"body": body})
     loop.outputs[0].name = "y"
     model = graph_of([loop], [x], [loop.outputs[0]], [trip, on, half])
-    to_fp16(model)
+    to_half(model)
     [y] = run(model, {"x": np.array([16, 32, 48], np.float16)})
     assert y.dtype == np.float16
     np.testing.assert_array_equal(y, np.array([1, 2, 3], np.float16))
@@ -210,7 +210,7 @@ def with_call(function: object) -> ir.Model:
 
 def test_types_are_followed_through_a_function_body() -> None:
     model = with_call(Follows)
-    to_fp16(model)
+    to_half(model)
     assert model.graph.outputs[0].dtype == FLOAT  # the body ends in a Cast to float32
     [y] = run(model, {"x": np.array([1, 2, 3], np.float16)})
     np.testing.assert_array_equal(y, np.array([-12], np.float32))
@@ -218,14 +218,14 @@ def test_types_are_followed_through_a_function_body() -> None:
 
 def test_a_body_that_mixes_types_is_refused_by_name() -> None:
     with pytest.raises(InputError, match=r"body of trtpass\.test::Mixes meets float16 and float32"):
-        to_fp16(with_call(Mixes))
+        to_half(with_call(Mixes))
 
 
 def test_operators_of_unknown_types_are_refused() -> None:
     x = ir.val("x", FLOAT, ["n"])
     node = ir.node("Gelu", [x], domain="com.microsoft")
     with pytest.raises(InputError, match=r"com\.microsoft::Gelu, whose types are not known"):
-        to_fp16(graph_of([node], [x], [node.outputs[0]], []))
+        to_half(graph_of([node], [x], [node.outputs[0]], []))
 
 
 def test_the_pass_reports_and_a_second_run_changes_nothing() -> None:

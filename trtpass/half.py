@@ -1,9 +1,10 @@
-"""float32 arrays to float16, with the failures that a silent cast would hide."""
+"""float32 arrays to float16 or bfloat16, with the failures that a silent cast would hide."""
 
 from __future__ import annotations
 
 import weakref
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -12,17 +13,23 @@ from trtpass.ir import SMALL
 
 HALF_MAX = float(np.finfo(np.float16).max)
 SINGLE_MAX = float(np.finfo(np.float32).max)
-_LAZY: weakref.WeakValueDictionary[int, ir.LazyTensor] = weakref.WeakValueDictionary()
+_LAZY: weakref.WeakValueDictionary[tuple[int, ir.DataType], ir.LazyTensor] = weakref.WeakValueDictionary()
 _CHUNK = 1 << 24  # elements converted at a time: bounds the temporaries of the range check to 100 MB
 
 
-def half_array(array: np.ndarray, name: str) -> np.ndarray:
+def half_array(array: np.ndarray, name: str, low: ir.DataType = ir.DataType.FLOAT16) -> np.ndarray:
     """``array`` (float32) rounded to float16; the lowest and highest float32 (mask fillers) become float16's.
+
+    To BFLOAT16, which has float32's range, mask fillers become its own lowest and highest, and nothing is refused.
 
     Raises:
         InputError: another finite value beyond +-65504, or a nonzero scalar (an epsilon) that would become zero.
     """
     flat = np.ascontiguousarray(array).reshape(-1)
+    if low == ir.DataType.BFLOAT16:
+        most = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)  # rounding would make infinity of what is above it
+        kept = np.where(np.isfinite(flat), np.clip(flat, -most, most), flat)
+        return kept.astype(ml_dtypes.bfloat16).reshape(array.shape)
     out = np.empty(flat.shape, np.float16)
     for start in range(0, flat.size, _CHUNK):
         part = flat[start : start + _CHUNK]
@@ -50,19 +57,19 @@ def half_array(array: np.ndarray, name: str) -> np.ndarray:
     return out.reshape(array.shape)
 
 
-def lazy_half(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
-    """A float16 edition of a float32 tensor that reads it only when it is written, and then holds it only once.
+def lazy_half(tensor: ir.TensorProtocol, name: str, low: ir.DataType = ir.DataType.FLOAT16) -> ir.TensorProtocol:
+    """A float16 (or ``low``) edition of a float32 tensor that reads it only when it is written, and holds it once.
 
     Tensors small enough to stay inside a protobuf are converted now. The same large tensor gives the same object, so
     that prefill and decode graphs go on sharing their weights.
     """
     if 2 * tensor.size <= SMALL:
-        return ir.tensor(half_array(tensor.numpy(), name), name=name)
-    known = _LAZY.get(id(tensor))
+        return ir.tensor(half_array(tensor.numpy(), name, low), name=name)
+    known = _LAZY.get((id(tensor), low))
     if known is None:
-        known = _LAZY[id(tensor)] = ir.LazyTensor(
-            lambda: ir.tensor(half_array(tensor.numpy(), name), name=name),  # keeps `tensor` alive, and so its id
-            dtype=ir.DataType.FLOAT16,
+        known = _LAZY[id(tensor), low] = ir.LazyTensor(
+            lambda: ir.tensor(half_array(tensor.numpy(), name, low), name=name),  # keeps `tensor` alive, and so its id
+            dtype=low,
             shape=ir.Shape(tensor.shape),  # type: ignore[arg-type]
             name=name,
         )

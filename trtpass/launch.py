@@ -12,27 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 from trtpass.errors import InputError
 from trtpass.kernel import Kernel, Launch
-from trtpass.op import FLOATS, KERNEL_FLOATS, Op, Port
+from trtpass.op import KERNEL_FLOATS, Op
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def is_floating(port: Port) -> bool:
-    """Whether the dtype of this port is chosen by the call: float32, float16 or bfloat16."""
-    return port.dtypes == FLOATS
-
-
 def dtypes_of(op: Op, floating: str) -> SimpleNamespace:
     """The dtype of every port, by name, in a call whose floating inputs are of dtype ``floating``."""
     ports = (*op.inputs, *op.outputs)
-    return SimpleNamespace(**{p.name: floating if is_floating(p) else p.dtypes[0] for p in ports})
+    return SimpleNamespace(**{p.name: floating if p.floating else p.dtypes[0] for p in ports})
 
 
 def floating_of(op: Op, dtypes: Sequence[str]) -> str:
     """The dtype of the first floating input of a call with these input dtypes; float32 where none has one of ours."""
     ports = zip(op.inputs, dtypes, strict=True)
-    found = (dtype for port, dtype in ports if is_floating(port) and dtype in KERNEL_FLOATS)
+    found = (dtype for port, dtype in ports if port.floating and dtype in KERNEL_FLOATS)
     return next(found, "float32")
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import plugins
 from plugins import all_ops
 from trtpass.errors import InputError
-from trtpass.op import DOMAIN, Op, Port
+from trtpass.op import DOMAIN, Op
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -162,12 +162,7 @@ def fits(op: Op, dtypes: Mapping[str, str | None]) -> bool | str:
     for port in op.inputs:
         if dtypes.get(port.name) not in port.dtypes:
             return f"its {port.name} is {dtypes.get(port.name) or 'of unknown type'}, not {' or '.join(port.dtypes)}"
-    floating = {dtypes[port.name] for port in op.inputs if is_floating(port)}
+    floating = {dtypes[port.name] for port in op.inputs if port.floating}
     if len(floating) > 1:
         return f"its inputs mix {' and '.join(sorted(str(d) for d in floating))}"
     return True
-
-
-def is_floating(port: Port) -> bool:
-    """Whether a port follows the floating type of the call; the others have one type each."""
-    return len(port.dtypes) > 1

@@ -207,7 +207,7 @@ def _schema(op: Op, names: Sequence[str]) -> str:
 
 def _port(port: Port) -> str:
     axes = ", ".join(f'"{axis}"' for axis in port.axes)
-    floating = "true" if native.is_floating(port) else "false"
+    floating = "true" if port.floating else "false"
     return f'{{"{port.name}", {{{axes}}}, {len(port.axes)}, {floating}, Type::{port.dtypes[0]}}}'
 
 

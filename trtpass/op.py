@@ -52,6 +52,11 @@ class Port:
     def axes(self) -> tuple[str, ...]:
         return tuple(self.dims.split())
 
+    @property
+    def floating(self) -> bool:
+        """Whether it follows the floating type of the call; the others have one type each."""
+        return len(self.dtypes) > 1
+
 
 @dataclass(frozen=True)
 class Attr:

@@ -93,13 +93,13 @@ def lower(model: ir.Model, compute_capabilities: Sequence[str] = SMS) -> ir.Mode
     """
     from plugins import all_ops
     from trtpass.passes.lower import inline_bodies
-    from trtpass.passes.precision import to_fp16
+    from trtpass.passes.precision import to_half
 
     copy = model.clone()
     for identifier in [i for i in copy.functions if i[0] == DOMAIN and i[1] in all_ops()]:
         del copy.functions[identifier]  # a rewritten graph carries dynamic bodies; inlining attaches the static ones
     inline_bodies(copy, "static")
-    to_fp16(copy)
+    to_half(copy)
     explicit_masks(copy)
     concat_fresh_cache(copy)
     if _has_turing(compute_capabilities):

@@ -17,7 +17,6 @@ from plugins import all_ops
 from plugins._library import function
 from trtpass.errors import InputError
 from trtpass.ir import check, is_op, tidy
-from trtpass.native import is_floating
 from trtpass.op import DOMAIN, Op
 from trtpass.passes.contrib import attention_to_contrib, infer
 from trtpass.passes.native import attention_to_native, fits, interleave, keep_body
@@ -62,7 +61,8 @@ def lower(model: ir.Model, target: str, kernels: bool = True) -> Lowered:
     copy = model.clone()
     kernels = kernels and target == "cpu"
     kept = native_nodes(copy) if kernels else {}
-    decisions = inline_bodies(copy, "dynamic", kept)
+    decisions = [Decision(str(n.name), "native kernel", _served(n)) for n, reason in kept.items() if reason is True]
+    decisions += inline_bodies(copy, "dynamic", kept)
     if target == "cpu":
         swap_in_branches(copy)
         infer(copy)
@@ -104,23 +104,24 @@ def native_nodes(model: ir.Model) -> dict[ir.Node, bool | str]:
     for node in nodes:  # in order, so that what one makes is known where the next reads it
         op = all_ops()[node.op_type]
         inputs = zip(node.inputs, op.inputs, strict=False)
-        floating = next((x.dtype for x, port in inputs if x is not None and is_floating(port)), None)
+        floating = next((x.dtype for x, port in inputs if x is not None and port.floating), None)
         for port, value in zip(op.outputs, node.outputs, strict=False):
             if value.dtype is None:
-                known = None if is_floating(port) else ir.DataType.from_numpy(np.dtype(port.dtypes[0]))
+                known = None if port.floating else ir.DataType.from_numpy(np.dtype(port.dtypes[0]))
                 value.type = None if (dtype := known or floating) is None else ir.TensorType(dtype)
         found[node] = fits(node, op)
     return found
 
 
 def inline_bodies(model: ir.Model, kind: str, native: Mapping[ir.Node, bool | str] | None = None) -> list[Decision]:
-    """Replace every trtpass node by its body, and inline every other model-local function, in place.
+    """Replace every trtpass node by its body, and inline every other model-local function, in place; says why for each.
 
     Inlined nodes carry the operator's name in their metadata, so that a profile can be read by operator.
 
     Args:
         kind: ``dynamic`` or ``static``, as in ``Op.body``.
-        native: nodes that stay, for a native kernel (True), or the reason in words why one does not.
+        native: nodes that stay, for a kernel (True; the model gets their body as a function), or the reason in words
+            why one does not.
 
     Raises:
         InputError: an operator that is unknown or has no body of this kind, or functions that call themselves.
@@ -147,7 +148,6 @@ def inline_bodies(model: ir.Model, kind: str, native: Mapping[ir.Node, bool | st
             node.attributes.setdefault(name, ir.convenience.convert_attribute(name, value))
         reason = native.get(node, "standard operators only" if kind == "static" else "no native kernels on this target")
         if reason is True:
-            decisions.append(Decision(str(node.name), "native kernel", f"{op.name} in {_floating(node, op)}"))
             stay.append((node, op))
             node.overload = STAYS
             continue
@@ -163,7 +163,7 @@ def inline_bodies(model: ir.Model, kind: str, native: Mapping[ir.Node, bool | st
     model.opset_imports.pop(DOMAIN, None)
     for node, op in stay:
         node.overload = ""
-        keep_body(model, node, op)
+        keep_body(model, node, op, kind)
     return decisions
 
 
@@ -172,6 +172,7 @@ def _own_nodes(model: ir.Model) -> list[ir.Node]:
     return [node for graph in graphs for node in graph.all_nodes() if node.domain == DOMAIN]
 
 
-def _floating(node: ir.Node, op: Op) -> str:
-    found = [x.dtype for x, port in zip(node.inputs, op.inputs, strict=False) if x is not None and is_floating(port)]
-    return str(found[0].numpy()) if found and found[0] is not None else "float32"
+def _served(node: ir.Node) -> str:
+    op = all_ops()[node.op_type]
+    found = [x.dtype for x, port in zip(node.inputs, op.inputs, strict=False) if x is not None and port.floating]
+    return f"{op.name} in {found[0].numpy() if found and found[0] is not None else 'float32'}"

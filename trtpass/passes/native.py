@@ -32,10 +32,10 @@ def _dtype(value: ir.Value | None) -> str | None:
     return None if value is None or value.dtype is None else str(value.dtype.numpy())
 
 
-def keep_body(model: ir.Model, node: ir.Node, op: Op) -> None:
+def keep_body(model: ir.Model, node: ir.Node, op: Op, kind: str = "dynamic") -> None:
     """Give the model what ``node`` falls back to where the library is not registered."""
     for make in (function, swapped_function)[: 1 + (node.domain == native.SWAPPED)]:
-        made = make(op, "dynamic")
+        made = make(op, kind)
         model.functions.setdefault(made.identifier(), made)
         model.opset_imports[made.domain] = VERSION
 

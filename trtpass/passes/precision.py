@@ -1,8 +1,9 @@
-"""float32 -> float16 with explicit types (what TensorRT calls strongly typed), by propagation from the graph's inputs.
+"""float32 -> float16 or bfloat16 with explicit types (what TensorRT calls strongly typed), from the graph's inputs on.
 
 Every float32 value is one of three kinds while the graph is walked in order:
 
-* ``HALF``: becomes float16. Graph inputs are, and so is whatever is computed together with one;
+* ``HALF``: becomes float16 (or bfloat16: float16 below stands for either). Graph inputs are, and so is whatever is
+  computed together with one;
 * ``SINGLE``: stays float32 on purpose: what follows a ``Cast`` to float32 (positions on their way to cos and sin,
   scores in operator bodies), what a schema fixes to float32, and sums that may leave float16's range;
 * ``WEAK``: depends on no float32 value but constants, so it can be had in either type: it is made again in float16
@@ -43,23 +44,27 @@ class Kind(enum.Enum):
 
 
 @dataclass
-class Fp16Report:
-    """What ``to_fp16`` did: number of converted initializers, of inserted casts, and names of nodes kept in float32."""
+class HalfReport:
+    """What ``to_half`` did: number of converted initializers, of inserted casts, and names of nodes kept in float32."""
 
     initializers: int = 0
     casts: int = 0
     kept: list[str] = field(default_factory=list)
 
 
-def to_fp16(model: ir.Model) -> Fp16Report:
+def to_half(model: ir.Model, low: ir.DataType = ir.DataType.FLOAT16) -> HalfReport:
     """Convert a float32 model to float16 in place; functions are left as they are (their bodies follow their inputs).
+
+    Args:
+        model: of float32; what is float16 already stays so.
+        low: BFLOAT16 converts to bfloat16 instead, by the same rules.
 
     Raises:
         InputError: a function body that mixes float16 and float32, or an operator whose types are not known. A weight
             beyond float16's range is reported when it is read, that is when the model is written.
     """
     tidy(model)
-    walk = _Walk(model)
+    walk = _Walk(model, low)
     walk.run(model.graph)
     walk.settle(model.graph)
     tidy(model)
@@ -70,20 +75,21 @@ def to_fp16(model: ir.Model) -> Fp16Report:
 class _Walk:
     """One conversion; ``frozen`` only infers kinds, through the body of a function, and changes nothing."""
 
-    def __init__(self, model: ir.Model, frozen: str = "") -> None:
+    def __init__(self, model: ir.Model, low: ir.DataType, frozen: str = "") -> None:
         self.model = model
+        self.low = low
         self.frozen = frozen
         self.opset = model.opset_imports.get("", OPSET)
         self.kinds: dict[ir.Value, Kind] = {}
         self.halves: dict[ir.Value, ir.Value] = {}
         self.singles: dict[ir.Value, ir.Value] = {}
-        self.report = Fp16Report()
+        self.report = HalfReport()
 
     def kind(self, value: ir.Value | None) -> Kind:
         if value is None:
             return Kind.OTHER
         if value not in self.kinds:  # graph inputs, initializers, and values of known non-float type
-            if value.dtype == ir.DataType.FLOAT16:
+            if value.dtype == self.low:
                 self.kinds[value] = Kind.HALF
             elif value.dtype == ir.DataType.FLOAT:
                 self.kinds[value] = Kind.WEAK if value.const_value is not None else Kind.SINGLE
@@ -122,7 +128,7 @@ class _Walk:
         if self.frozen:
             return
         if kind is Kind.HALF:
-            value.type = ir.TensorType(ir.DataType.FLOAT16)
+            value.type = ir.TensorType(self.low)
         elif kind in (Kind.SINGLE, Kind.WEAK):
             value.type = ir.TensorType(ir.DataType.FLOAT)
 
@@ -137,7 +143,7 @@ class _Walk:
         elif is_op(node, "Constant", "ConstantOfShape"):
             self.mark(node.outputs[0], Kind.WEAK if _is_float_constant(node) else Kind.OTHER)
         elif is_op(node, "Cast"):
-            self.mark(node.outputs[0], _of_dtype(node.attributes["to"].as_int()))
+            self.mark(node.outputs[0], self.of_dtype(node.attributes["to"].as_int()))
         elif is_op(node, "CastLike"):
             kind = self.kind(node.inputs[1])
             self.mark(node.outputs[0], Kind.SINGLE if kind is Kind.WEAK else kind)
@@ -147,7 +153,8 @@ class _Walk:
     def by_schema(self, node: ir.Node) -> None:
         """Resolve each type variable of the operator's schema over the node's inputs."""
         schema = _schema(node, self.opset)
-        halves = {c.type_param_str: "tensor(float16)" in c.allowed_type_strs for c in schema.type_constraints}
+        word = f"tensor({self.low.name.lower()})"
+        lows = {c.type_param_str: word in c.allowed_type_strs for c in schema.type_constraints}
         groups: dict[str, list[int]] = {}
         for i, value in enumerate(node.inputs):
             if self.kind(value) is not Kind.OTHER:
@@ -156,7 +163,7 @@ class _Walk:
         decided: dict[str, Kind] = {}
         for variable, members in groups.items():
             own = {self.kind(node.inputs[i]) for i in members}
-            if not halves.get(variable, False):
+            if not lows.get(variable, False):
                 kind = Kind.SINGLE
             elif kinds == {Kind.WEAK}:
                 kind = Kind.HALF if not self.frozen and _reads_weight(node) else Kind.WEAK
@@ -188,7 +195,7 @@ class _Walk:
 
     def through(self, function: ir.Function, kinds: Sequence[Kind]) -> list[Kind]:
         """Kinds of a function's outputs for given kinds of its inputs, which are taken as they are."""
-        walk = _Walk(self.model, frozen=f"{function.domain}::{function.name}")
+        walk = _Walk(self.model, self.low, frozen=f"{function.domain}::{function.name}")
         for value, kind in zip(function.inputs, kinds, strict=False):
             walk.kinds[value] = Kind.SINGLE if kind is Kind.WEAK else kind
         for node in function:
@@ -220,6 +227,10 @@ class _Walk:
                     body.outputs[i + skip] = self.as_kind(body.outputs[i + skip], wanted)
             self.mark(value, wanted)
 
+    def of_dtype(self, dtype: int) -> Kind:
+        """The kind of what is cast to an ONNX type on purpose."""
+        return {ir.DataType.FLOAT: Kind.SINGLE, self.low: Kind.HALF}.get(ir.DataType(dtype), Kind.OTHER)
+
     # ---- conversions -------------------------------------------------------------------------------------------------
 
     def as_kind(self, value: ir.Value, kind: Kind, user: ir.Node | None = None) -> ir.Value:
@@ -242,7 +253,7 @@ class _Walk:
 
     def cast(self, value: ir.Value, kind: Kind) -> ir.Value:
         """A Cast right after ``value`` is made, so that every later use may share it."""
-        to = ir.DataType.FLOAT16 if kind is Kind.HALF else ir.DataType.FLOAT
+        to = self.low if kind is Kind.HALF else ir.DataType.FLOAT
         out = ir.Value(name=f"{value.name}.{to.name.lower()}", type=ir.TensorType(to), shape=value.shape)
         node = ir.node("Cast", [value], {"to": int(to)}, outputs=[out], name=f"{out.name}_Cast")
         _insert(node, value)
@@ -252,25 +263,25 @@ class _Walk:
 
     def weak_half(self, value: ir.Value) -> ir.Value:
         """A float16 edition of a constant expression."""
-        name = f"{value.name}.float16"
+        name = f"{value.name}.{self.low.name.lower()}"
         producer = value.producer()
         if producer is None:
             tensor, graph = value.const_value, value.graph
             if tensor is None or not isinstance(graph, ir.Graph):
                 raise InputError(f"initializer '{value.name}' has no data", "a model with its weights")
-            lazy = lazy_half(tensor, str(value.name))
-            out = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT16), shape=value.shape, const_value=lazy)
+            lazy = lazy_half(tensor, str(value.name), self.low)
+            out = ir.Value(name=name, type=ir.TensorType(self.low), shape=value.shape, const_value=lazy)
             graph.register_initializer(out)
             self.report.initializers += 1
         else:
-            out = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT16), shape=value.shape)
+            out = ir.Value(name=name, type=ir.TensorType(self.low), shape=value.shape)
             inputs = [
                 self.as_kind(v, Kind.HALF) if v is not None and self.kind(v) is Kind.WEAK else v
                 for v in producer.inputs
             ]
             attributes = list(producer.attributes.values())
             if is_op(producer, "Constant", "ConstantOfShape"):
-                array = half_array(_constant_array(producer), str(value.name))
+                array = half_array(_constant_array(producer), str(value.name), self.low)
                 attributes = [ir.AttrTensor("value", ir.tensor(array))]
             node = ir.Node(
                 producer.domain, producer.op_type, inputs, attributes, outputs=[out], name=f"{name}_{producer.op_type}"
@@ -278,10 +289,6 @@ class _Walk:
             _insert(node, value)
         self.kinds[out] = Kind.HALF
         return out
-
-
-def _of_dtype(dtype: int) -> Kind:
-    return {ir.DataType.FLOAT: Kind.SINGLE, ir.DataType.FLOAT16: Kind.HALF}.get(ir.DataType(dtype), Kind.OTHER)
 
 
 def _schema(node: ir.Node, opset: int) -> onnx.defs.OpSchema:
@@ -342,7 +349,7 @@ def _insert(node: ir.Node, value: ir.Value) -> None:
 
 
 class Fp16(Pass):
-    """``to_fp16`` as a step of a pipeline."""
+    """``to_half`` as a step of a pipeline."""
 
     name = "fp16"
     summary = "float16 weights, activations and cache; positions, scores and sums of squares stay float32"
@@ -360,6 +367,6 @@ class Fp16(Pass):
 
     def call(self, model: ir.Model, anchors: Anchors) -> PassResult:
         before = {v.name: v.dtype for v in model.graph.inputs}
-        report = to_fp16(model)
+        report = to_half(model)
         changed = bool(report.initializers or report.casts) or before != {v.name: v.dtype for v in model.graph.inputs}
         return PassResult(self.name, modified=changed)

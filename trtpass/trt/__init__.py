@@ -1,0 +1,1 @@
+"""The target ``tensorrt``: plans that hold our own kernels, from the operators' declarations."""
