@@ -10,6 +10,7 @@ MODEL ?=
 PASSES ?=
 TARGET ?= cpu
 SM ?=
+DTYPE ?= float16
 OUT ?= engines
 HEADERS ?=
 
@@ -36,8 +37,8 @@ native: .venv/.installed  ## the library of native CPU kernels (HEADERS=folder t
 	@[[ -n "$(HEADERS)" ]] || scripts/fetch_headers.sh .cache/headers
 	@$(BIN)/python -m trtpass.native_build $(if $(HEADERS),--headers "$(HEADERS)")
 
-engine: .venv/.installed  ## build and prove an engine: MODEL=name|folder|file.onnx [PASSES="a b"] [TARGET=cpu] [SM=89]
-	@$(BIN)/trtpass build "$(MODEL)" $(foreach pass,$(PASSES),-p "$(pass)") --target "$(TARGET)" --sm "$(SM)" --out "$(OUT)"
+engine: .venv/.installed  ## build and prove an engine: MODEL=name|folder|file.onnx [PASSES="a b"] [TARGET=cpu] [SM=89] [DTYPE=float16]
+	@$(BIN)/trtpass build "$(MODEL)" $(foreach pass,$(PASSES),-p "$(pass)") --target "$(TARGET)" --sm "$(SM)" --dtype "$(DTYPE)" --out "$(OUT)"
 
 test: .venv/.installed  ## all tests that this machine can run
 	@$(BIN)/python -m pytest

@@ -188,7 +188,8 @@ def test_a_full_disk_leaves_nothing(tmp_path_factory: pytest.TempPathFactory, tm
     ("request_", "message"),
     [
         (Request("x", target="gpu"), "target 'gpu'"),
-        (Request("x", target="tensorrt"), "TARGET=tensorrt-rtx"),
+        (Request("x", dtype="bfloat16"), "no dtype: only plans have one"),
+        (Request("x", target="tensorrt", dtype="float32"), "float16, bfloat16"),
         (Request("x", sm=("SM89",)), "no SM"),
         (Request("no-such-model"), "no model 'no-such-model'"),
     ],

@@ -14,7 +14,7 @@ import plugins
 import trtpass
 
 EXTRAS = ("torch", "transformers", "tensorrt_rtx", "triton", "matplotlib", "safetensors", "gguf", "accelerate")
-PROGRAMS = ("trtpass.rtx_worker",)  # run in a process of its own, only where the extra is installed
+PROGRAMS = ("trtpass.plan_worker",)  # run in a process of its own, only where the extra is installed
 
 
 def modules() -> list[str]:

@@ -185,7 +185,7 @@ def test_refusals_before_the_parser(tmp_path: Path) -> None:
     sparse = tiny.decoder()
     passes.parse("token-sparse:min_tokens=0")(sparse)
     sparse.functions.clear()
-    refused(written(sparse, tmp_path), r"trtpass::ColumnMass is not standard and has no body")
+    refused(written(sparse, tmp_path), r"trtpass::ColumnMass is not standard, has no body, and is no plugin")
     (tmp_path / "broken.onnx").write_bytes(b"\x08\x07garbage")
     refused(tmp_path / "broken.onnx", "cannot be read as ONNX")
     refused(tmp_path / "absent.onnx", "cannot be read as ONNX")
@@ -309,10 +309,10 @@ def test_a_full_disk_is_an_error_of_the_disk(tmp_path: Path, monkeypatch: pytest
     path = written(model, tmp_path)
     real: Callable[..., dict[str, object]] = rtx._run
 
-    def onto_full_disk(request: dict[str, object], progress: object) -> dict[str, object]:
+    def onto_full_disk(library: str, request: dict[str, object], progress: object) -> dict[str, object]:
         full = os.open("/dev/full", os.O_WRONLY)
         try:
-            return real({**request, "descriptor": full}, progress)
+            return real(library, {**request, "descriptor": full}, progress)
         finally:
             os.close(full)
 

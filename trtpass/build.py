@@ -35,7 +35,10 @@ from trtpass.manifest import Check, Checks, Manifest, PassRecord, artifact, vers
 from trtpass.passes import WHOLE_PROMPT_KEY, Pass, PassResult
 from trtpass.passes.cache import insert_cache
 from trtpass.passes.logits import LastLogits
-from trtpass.passes.lower import lower
+from trtpass.passes.lower import counted, lower
+from trtpass.plans import TARGETS as PLANS
+from trtpass.plans import WEIGHTS as WEIGHTS_OF_PLANS
+from trtpass.plans import Plans, Source, write_plans
 from trtpass.progress import Report, silent
 from trtpass.staging import staged
 from trtpass.variants import sites_of
@@ -60,6 +63,7 @@ class Request:
         out: folder of all engines.
         logits: ``last`` or ``all`` tokens from the engine's graphs.
         kernels: False leaves native kernels out of a CPU engine, for a machine that will not have their library.
+        dtype: ``float16`` or ``bfloat16``, of a plan's weights, activations and cache.
     """
 
     model: str
@@ -69,6 +73,7 @@ class Request:
     out: Path = Path("engines")
     logits: str = "last"
     kernels: bool = True
+    dtype: str = "float16"
 
 
 def build(request: Request, report: Report = silent) -> tuple[Manifest, Path]:
@@ -97,11 +102,11 @@ def build(request: Request, report: Report = silent) -> tuple[Manifest, Path]:
         results = passes.run(rewritten, pipeline)
         _write(_with_last_logits(rewritten), work / REWRITTEN)
         report(f"lowering to {request.target}", 0.35)
-        lowering, sm = _lower(request, dense, rewritten, work, context, report)
+        lowered = _lower(request, dense, rewritten, work, context, report)
         report("checking", 0.45)
         probe = probe_for(loaded, dense, pipeline)
         ladder = Ladder(work, dense, rewritten, pipeline, results, probe, loaded.module, loaded.onnx)
-        checks = check_ladder(ladder, request.target, report, request.kernels)
+        checks = check_ladder(ladder, request.target, report, request.kernels, lowered.unbuilt)
         _save_example(ladder, work)
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(work)
@@ -111,13 +116,14 @@ def build(request: Request, report: Report = silent) -> tuple[Manifest, Path]:
             origin=request.model,
             passes=_records(pipeline, results, ladder),
             target=request.target,
-            sm=list(sm),
+            sm=list(lowered.sm),
             context=context,
             stop_ids=_stop_ids(loaded),
             whole_prompt=dict(rewritten.metadata_props).get(WHOLE_PROMPT_KEY),
             artifacts=[artifact(work, p) for p in sorted(work.iterdir()) if p.is_file() and not p.name.startswith(".")],
             checks=checks,
-            lowering=lowering,
+            lowering=lowered.notes,
+            unbuilt=lowered.unbuilt,
             kernels=request.kernels,
             raised=raised.counts,
             near_misses=list(raised.near_misses),
@@ -143,13 +149,12 @@ def slug(pipeline: Sequence[Pass], target: str) -> str:
 def _check_target(request: Request) -> None:
     if request.target not in TARGETS:
         raise InputError(f"target '{request.target}'", f"one of {', '.join(TARGETS)}")
-    if request.target == "tensorrt":
-        raise InputError(
-            "target 'tensorrt' needs TensorRT 10.15 or newer and a GPU, and this version has no plugin kernels for it",
-            fix="use TARGET=tensorrt-rtx (a plan, built ahead of time) or TARGET=cpu",
-        )
-    if request.sm and request.target != "tensorrt-rtx":
+    if request.sm and request.target not in PLANS:
         raise InputError(f"SM={','.join(request.sm)} with target '{request.target}'", "no SM: only plans have one")
+    if request.dtype not in WEIGHTS_OF_PLANS:
+        raise InputError(f"dtype '{request.dtype}'", f"one of {', '.join(WEIGHTS_OF_PLANS)}")
+    if request.dtype != "float16" and request.target not in PLANS:
+        raise InputError(f"dtype {request.dtype} with target '{request.target}'", "no dtype: only plans have one")
 
 
 def _canonical(recipe: Recipe, loaded: Loaded, work: Path, report: Report) -> RaiseReport:
@@ -193,22 +198,17 @@ def _write(model: ir.Model, path: Path) -> None:
     onnx.save_model(ir.to_proto(model), str(path))
 
 
-def _lower(
-    request: Request, dense: ir.Model, rewritten: ir.Model, work: Path, context: int, report: Report
-) -> tuple[list[str], tuple[str, ...]]:
+def _lower(request: Request, dense: ir.Model, rewritten: ir.Model, work: Path, context: int, report: Report) -> Plans:
     """Write the engine's graphs (and plans); returns the lowering decisions in words and the plan's SMs."""
-    if request.target == "tensorrt-rtx":
-        from trtpass.plans import write_plans
-
-        return write_plans(request.sm, request.logits, dense, rewritten, work, context, report)
-    lines: dict[str, int] = {}
+    if request.target in PLANS:
+        graphs = Source(dense, rewritten, context, request.logits, request.dtype)
+        return write_plans(request.target, request.sm, graphs, work, request.out, report)
+    decisions = []
     for name, source, phase in ((PREFILL, rewritten, "prefill"), (DECODE, dense, "decode")):
         lowered = lower(insert_cache(source, phase, logits=request.logits), request.target, request.kernels)
         _write(lowered.model, work / name)
-        for d in lowered.decisions:
-            text = f"{phase}: {d.decision} ({d.reason})"
-            lines[text] = lines.get(text, 0) + 1
-    return [f"{count} x {text}" for text, count in lines.items()], ()
+        decisions += [(phase, decision) for decision in lowered.decisions]
+    return Plans(counted(decisions), ())
 
 
 def probe_for(loaded: Loaded, dense: ir.Model, pipeline: Sequence[Pass]) -> Probe:
@@ -237,14 +237,22 @@ def token_row(loaded: Loaded, dense: ir.Model, count: int, seed: int) -> np.ndar
     return np.random.default_rng(seed).integers(0, vocabulary, count).astype(np.int64)
 
 
-def check_ladder(ladder: Ladder, target: str, report: Report = silent, kernels: bool = True) -> Checks:
-    """All three checks; a plan that cannot run here says so."""
+def check_ladder(
+    ladder: Ladder, target: str, report: Report = silent, kernels: bool = True, unbuilt: str = ""
+) -> Checks:
+    """All three checks; a plan that cannot run here, or could not be built (``unbuilt``), says so."""
     report("checking torch = raised ONNX", 0.45)
     export = ladder.export()
     report("checking twin = rewritten ONNX", 0.60)
     rewrite = ladder.rewrite()
     report("checking rewritten ONNX = engine", 0.80)
-    if target == "tensorrt-rtx":
+    if unbuilt:
+        engine = Check.not_run(f"there is no plan, only the graphs that TensorRT would read: {unbuilt}")
+    elif target == "tensorrt":
+        engine = Check.not_run(
+            "`make test-gpu` on this machine compares plans with PyTorch; no plan is executed while it is built"
+        )
+    elif target == "tensorrt-rtx":
         engine = Check.not_run(
             "a TensorRT-RTX plan executes on a GPU only; `make test-gpu` on a machine with one runs this check. "
             "Not proved here: float16 numbers, the fused kernels, and speed"

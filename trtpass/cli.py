@@ -61,6 +61,7 @@ def build_command(
     kernels: Annotated[
         bool, typer.Option(help="Native kernels in a CPU engine; without, for a machine that has no library of them.")
     ] = True,
+    dtype: Annotated[str, typer.Option(help="float16 or bfloat16, of a plan.")] = "float16",
     json: Json = False,
 ) -> None:
     """Build an engine and prove it. Without MODEL: list what is known."""
@@ -78,12 +79,21 @@ def build_command(
     if logits not in ("last", "all"):
         raise InputError(f"--logits {logits}", "last or all")
     chosen: list[str] | None = [] if dense or passes == ["none"] else passes
-    request = Request(model, chosen, target, tuple(s.strip() for s in sm.split(",") if s.strip()), out, logits, kernels)
+    wanted = tuple(s.strip() for s in sm.split(",") if s.strip())
+    request = Request(model, chosen, target, wanted, out, logits, kernels, dtype)
     with bar(f"building {model if model in known() else Path(model).name}") as report:
         manifest, folder = build(request, report)
     _print(manifest.model_dump(mode="json") if json else manifest, json, lambda m: render(m, folder))
     if manifest.checks.failed:
         raise CheckFailed(f"checks failed: {', '.join(manifest.checks.failed)}", fix="see the table above")
+    if manifest.unbuilt:
+        from trtpass.trt.builder import INSTEAD
+
+        raise InputError(
+            f"no plan was built: {manifest.unbuilt}",
+            f"a machine with TensorRT and the GPU; the graphs that it reads are in {folder}, checked",
+            INSTEAD,
+        )
 
 
 @app.command("models")

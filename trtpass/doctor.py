@@ -153,9 +153,11 @@ def _rtx_run() -> tuple[str, str, str]:
 
 
 def _tensorrt() -> tuple[str, str, str]:
-    version = _version("tensorrt")
-    have = f"tensorrt {version} is installed, but " if version else ""
-    return MISSING, f"{have}this version of trtpass does not build the target tensorrt", "use tensorrt-rtx or portable"
+    from trtpass.trt.builder import INSTEAD, installed, missing
+
+    if lacking := missing():
+        return MISSING, f"{'; '.join(lacking)}; graphs and kernels are made and checked all the same", INSTEAD
+    return OK, f"plans with embedded kernels, by TensorRT {installed()}", ""
 
 
 def gpus() -> list[tuple[str, int]] | str:

@@ -94,6 +94,7 @@ class Manifest(_Strict):
     checks: Checks
     quality: Quality | None = None
     lowering: list[str] = []
+    unbuilt: str = ""  # why there is no plan beside the graphs of a target that has plans
     kernels: bool = True  # whether native kernels may be used, where they fit
     raised: dict[str, int] = {}
     near_misses: list[str] = []
@@ -145,6 +146,8 @@ def versions() -> dict[str, str]:
         "onnxscript",
         "onnxruntime",
         "tensorrt-rtx-cu13",
+        "tensorrt",
+        "triton",
     ):
         try:
             found[name] = importlib.metadata.version(name)

@@ -1,39 +1,89 @@
-"""Plans of an engine: the prefill and decode graphs lowered for TensorRT-RTX and built ahead of time."""
+"""Plans of an engine: the prefill and decode graphs lowered for TensorRT or TensorRT-RTX, checked, and built."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 
 from trtpass import io, rtx
+from trtpass.doctor import gpus
 from trtpass.errors import InputError
 from trtpass.passes.cache import insert_cache
+from trtpass.passes.lower import Decision, counted
+from trtpass.plan_process import PlanReport, Profile
 from trtpass.progress import Report
 
-WEIGHTS = "weights.fp16.bin"
+TARGETS = ("tensorrt-rtx", "tensorrt")
+WEIGHTS = {"float16": "weights.fp16.bin", "bfloat16": "weights.bf16.bin"}
 BATCH = (1, 1, 4)  # min, opt, max rows of a plan's profile
+CHUNK = 512  # most tokens of one call of a decode plan
+SM = "SM90"  # of a TensorRT graph that is written on a machine without a GPU, where none was asked for
+TIMINGS = ".timing"  # in the folder of all engines
 
 
-def write_plans(
-    asked: Sequence[str],
-    logits: str,
-    dense: ir.Model,
-    rewritten: ir.Model,
-    work: Path,
-    context: int,
-    report: Report,
-) -> tuple[list[str], tuple[str, ...]]:
-    """Write ``prefill.plan`` and ``decode.plan`` beside the float16 graphs that they were built from.
+@dataclass(frozen=True)
+class Plans:
+    """What was written: notes in words, the SMs, and why there is no plan (empty where there is one)."""
 
-    ``asked`` are compute capabilities such as ``89`` or ``SM89``; none means all that can be built. The cache has
-    ``context`` slots a row: TensorRT needs a fixed capacity. Returns notes in words and the SMs.
+    notes: list[str]
+    sm: tuple[str, ...]
+    unbuilt: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What plans are made from: the dense and the rewritten graph, the cache's slots, what kind of logits."""
+
+    dense: ir.Model
+    rewritten: ir.Model
+    context: int
+    logits: str
+    dtype: str = "float16"
+
+    def graphs(self, lower: Callable[[ir.Model], ir.Model]) -> dict[str, ir.Model]:
+        """Both phases, lowered. The cache has a fixed capacity, as TensorRT needs it."""
+        return {
+            phase: lower(insert_cache(model, phase, capacity=self.context, logits=self.logits))
+            for phase, model in (("prefill", self.rewritten), ("decode", self.dense))
+        }
+
+
+def write_plans(target: str, asked: Sequence[str], source: Source, work: Path, out: Path, report: Report) -> Plans:
+    """Write ``prefill.plan`` and ``decode.plan`` beside the graphs that they were built from.
+
+    On a machine that cannot build for ``tensorrt`` the graphs are written and checked, and the result says what lacks.
+
+    Args:
+        target: one of ``TARGETS``.
+        asked: compute capabilities such as ``89`` or ``SM89``; none means all that can be built, or this machine's.
+        source: the graphs.
+        work: the engine's folder.
+        out: the folder of all engines, where timing caches are kept.
+        report: progress.
 
     Raises:
-        InputError: the package is missing, an SM is unknown, or the builder refuses the graph.
+        InputError: a package is missing, an SM is unknown, or the builder refuses the graph.
     """
-    sm = tuple(name if name.startswith(("SM", "CURRENT")) else f"SM{name}" for name in asked) or rtx.SMS
+    sm = tuple(name if name.startswith(("SM", "CURRENT")) else f"SM{name}" for name in asked)
+    plans = (_tensorrt if target == "tensorrt" else _rtx)(sm, source, work, out, report)
+    keep = [s.attributes["max_keep_permille"].value for s in source.rewritten.graph if s.op_type == "SelectTokens"]
+    if keep and max(keep) >= 1000 and target == "tensorrt-rtx":
+        plans.notes.append(
+            "shapes are fixed: with max_keep=1 the plan computes on all tokens; give max_keep below 1 to save time"
+        )
+    elif keep and max(keep) < 1000:
+        plans.notes.append(
+            f"at most {max(keep) / 10:g}% of the tokens are kept; a row that needs more is clamped, and then its "
+            "`keep` is above its `count`"
+        )
+    return plans
+
+
+def _rtx(sm: tuple[str, ...], source: Source, work: Path, out: Path, report: Report) -> Plans:
+    sm = sm or (rtx.SMS if source.dtype == "float16" else tuple(name for name in rtx.SMS if name != "SM75"))
     unknown = [name for name in sm if name not in rtx.OFFERED]
     if unknown:
         raise InputError(
@@ -41,43 +91,86 @@ def write_plans(
         )
     if not rtx.available():
         raise InputError("the package tensorrt-rtx is not installed", fix=rtx.INSTALL)
-    graphs = {
-        phase: rtx.lower(insert_cache(source, phase, capacity=context, logits=logits), sm)
-        for phase, source in (("prefill", rewritten), ("decode", dense))
-    }
-    io.save_shared({f"{phase}.onnx": graph for phase, graph in graphs.items()}, work, weights=WEIGHTS)
+    graphs = source.graphs(lambda model: rtx.lower(model, sm, source.dtype))
+    _save(graphs, source, work)
     notes = []
     for step, phase in enumerate(graphs):
-        profile = _profile(graphs[phase], phase, context)
-
-        def progress(what: str, fraction: float, phase: str = phase, step: int = step) -> None:
-            report(f"{phase} plan: {what}", 0.36 + 0.045 * (step + fraction))
-
         built = rtx.build_plan(
-            work / f"{phase}.onnx", work / f"{phase}.plan", compute_capabilities=sm, profile=profile, progress=progress
+            work / f"{phase}.onnx",
+            work / f"{phase}.plan",
+            compute_capabilities=sm,
+            profile=_profile(graphs[phase], _tokens(phase, source.context)[-1]),
+            progress=_progress(report, phase, step),
         )
-        notes.append(
-            f"{phase}.plan: {built.layers} layers, {built.attentions} attentions"
-            f"{' (decomposed: no fused kernel for this width)' if built.decomposed else ''}, "
-            f"{built.seconds:.0f} s, {built.peak_memory / 1e9:.1f} GB at peak"
-        )
-    keep = [s.attributes["max_keep_permille"].value for s in rewritten.graph if s.op_type == "SelectTokens"]
-    if keep and max(keep) >= 1000:
-        notes.append(
-            "shapes are fixed: with max_keep=1 the plan computes on all tokens; give max_keep below 1 to save time"
-        )
-    elif keep:
-        notes.append(
-            f"at most {max(keep) / 10:g}% of the tokens are kept; a row that needs more is clamped, and then its "
-            "`keep` is above its `count`"
-        )
-    return notes, sm
+        notes.append(_built(phase, built))
+    return Plans(notes, sm)
 
 
-def _profile(model: ir.Model, phase: str, context: int) -> rtx.Profile:
+def _tensorrt(sm: tuple[str, ...], source: Source, work: Path, out: Path, report: Report) -> Plans:
+    from trtpass.trt import builder
+    from trtpass.trt import lower as trt
+
+    devices = gpus()
+    sm = sm or (SM if isinstance(devices, str) else f"SM{devices[0][1]}",)
+    if len(sm) > 1 or not sm[0].removeprefix("SM").isdigit():
+        raise InputError(f"SM={','.join(sm)} for TensorRT", "one compute capability: a plan runs where it was built")
+    cc = int(sm[0].removeprefix("SM"))
+    decisions: list[tuple[str, Decision]] = []
+
+    def lower(model: ir.Model) -> ir.Model:
+        lowered = trt.lower(model, cc, source.dtype)
+        phase = lowered.model.metadata_props["trtpass.phase"]
+        decisions.extend((phase, decision) for decision in lowered.decisions)
+        return lowered.model
+
+    graphs = source.graphs(lower)
+    _save(graphs, source, work)
+    notes = counted(decisions)
+    for step, (phase, graph) in enumerate(graphs.items()):
+        report(f"{phase}: compiling kernels", 0.36 + 0.045 * step)
+        rtx.precheck(work / f"{phase}.onnx", frozenset((n.domain, n.op_type) for n in trt.plugin_nodes(graph)))
+        if kernels := builder.kernels_of(graph):
+            names = ", ".join(sorted({kernel.name for kernel in kernels}))
+            notes.append(f"{phase}.onnx: {len(kernels)} kernels compile for {sm[0]} to PTX ({names})")
+    if lacking := builder.missing(cc):
+        return Plans(notes, sm, "; ".join(lacking))
+    for step, (phase, graph) in enumerate(graphs.items()):
+        built = builder.build_plan(
+            work / f"{phase}.onnx",
+            work / f"{phase}.plan",
+            profiles=[_profile(graph, tokens) for tokens in _tokens(phase, source.context)],
+            cache=out / TIMINGS,
+            progress=_progress(report, phase, step),
+        )
+        notes.append(_built(phase, built))
+    return Plans(notes, sm)
+
+
+def _save(graphs: Mapping[str, ir.Model], source: Source, work: Path) -> None:
+    io.save_shared({f"{phase}.onnx": graph for phase, graph in graphs.items()}, work, weights=WEIGHTS[source.dtype])
+
+
+def _progress(report: Report, phase: str, step: int) -> Callable[[str, float], None]:
+    return lambda what, fraction: report(f"{phase} plan: {what}", 0.36 + 0.045 * (step + fraction))
+
+
+def _built(phase: str, plan: PlanReport) -> str:
+    return (
+        f"{phase}.plan: {plan.layers} layers, {plan.attentions} attentions"
+        f"{' (decomposed: no fused kernel for this width)' if plan.decomposed else ''}, "
+        f"{plan.seconds:.0f} s, {plan.peak_memory / 1e9:.1f} GB at peak"
+    )
+
+
+def _tokens(phase: str, context: int) -> list[tuple[int, int, int]]:
+    """(min, opt, max) tokens of each profile: whole prompts; or single tokens, then chunks of a long prompt."""
+    if phase == "prefill":
+        return [(1, min(context, 1024), context)]
+    return [(1, 1, 1), (1, 1, min(context, CHUNK))]
+
+
+def _profile(model: ir.Model, tokens: tuple[int, int, int]) -> Profile:
     """(min, opt, max) shapes of every dynamic input."""
-    most = context if phase == "prefill" else min(context, 512)
-    tokens = (1, min(context, 1024), most) if phase == "prefill" else (1, 1, most)
     profile = {}
     for value in model.graph.inputs:
         shape = list(value.shape or [])

@@ -7,13 +7,7 @@ runs only on a GPU of a compute capability that it was built for; nothing here e
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +22,11 @@ from trtpass.op import DOMAIN
 from trtpass.passes.explicit_masks import NONPAD, explicit_masks
 from trtpass.passes.fresh_cache import concat_fresh_cache
 from trtpass.passes.turing import products_as_sums
+from trtpass.plan_process import PlanReport, Profile, Progress, plain
+from trtpass.plan_process import run as _run
 from trtpass.staging import replacing
 
+LIBRARY = "tensorrt_rtx"
 SMS = ("SM75", "SM80", "SM86", "SM89", "SM120")
 OFFERED = (*SMS, "SM121", "CURRENT")
 INSTALL = "pip install 'trtpass[rtx]' (tensorrt-rtx-cu13, Linux x86-64 or Windows)"
@@ -38,40 +35,7 @@ _UNSUPPORTED = {
     "Scan": "use Loop",
 }
 
-Profile = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
-Progress = Callable[[str, float], None]
-
-__all__ = ["OFFERED", "SMS", "PlanReport", "available", "build_plan", "explicit_masks", "lower"]
-
-
-@dataclass(frozen=True)
-class PlanReport:
-    """A plan that was built. Memory and sizes in bytes, time in seconds.
-
-    ``peak_memory`` is of the build, ``activation_memory`` what a run takes on the GPU at the profile's maximum, beside
-    weights and cache, as the builder says it.
-
-    ``layers`` counts the parsed network's layers, before fusion; ``decomposed`` says that attentions without a fused
-    kernel (float32, or a head width such as 8) were allowed to become matrix products and softmax.
-    """
-
-    path: str
-    bytes: int
-    sha256: str
-    compute_capabilities: tuple[str, ...]
-    layers: int
-    attentions: int
-    decomposed: bool
-    inputs: dict[str, str]
-    seconds: float
-    peak_memory: int
-    activation_memory: int
-    warnings: tuple[str, ...]
-    version: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for a manifest."""
-        return asdict(self)
+__all__ = ["OFFERED", "SMS", "PlanReport", "Profile", "available", "build_plan", "explicit_masks", "lower"]
 
 
 def available() -> bool:
@@ -79,27 +43,31 @@ def available() -> bool:
     return importlib.util.find_spec("tensorrt_rtx") is not None
 
 
-def lower(model: ir.Model, compute_capabilities: Sequence[str] = SMS) -> ir.Model:
-    """A copy of a prefill, decode or stateless graph for TensorRT-RTX: static bodies, float16, explicit masks.
+def lower(model: ir.Model, compute_capabilities: Sequence[str] = SMS, dtype: str = "float16") -> ir.Model:
+    """A copy of a prefill, decode or stateless graph for TensorRT-RTX: static bodies, halves, explicit masks.
 
     Inputs that the graph does not use are dropped, and named in the metadata ``trtpass.dropped_inputs``.
 
     Args:
         model: canonical, with trtpass nodes or without; it is not changed, and the copy reads its weights lazily.
         compute_capabilities: those to build for; SM75 needs float32 products in another form.
+        dtype: ``float16``, or ``bfloat16``, which SM75 does not have.
 
     Raises:
-        InputError: an operator without a static body, a symbolic cache, or types that cannot become float16.
+        InputError: an operator without a static body, a symbolic cache, types that cannot become float16, or bfloat16
+            for SM75.
     """
     from plugins import all_ops
     from trtpass.passes.lower import inline_bodies
     from trtpass.passes.precision import to_half
 
+    if dtype == "bfloat16" and _has_turing(compute_capabilities):
+        raise InputError("bfloat16 for SM75, which does not have it", "SM80 or newer", "give SM=, or dtype float16")
     copy = model.clone()
     for identifier in [i for i in copy.functions if i[0] == DOMAIN and i[1] in all_ops()]:
         del copy.functions[identifier]  # a rewritten graph carries dynamic bodies; inlining attaches the static ones
     inline_bodies(copy, "static")
-    to_half(copy)
+    to_half(copy, ir.DataType[dtype.upper()])
     explicit_masks(copy)
     concat_fresh_cache(copy)
     if _has_turing(compute_capabilities):
@@ -160,19 +128,21 @@ def build_plan(
             "onnx": str(source.resolve()),
             "descriptor": handle.fileno(),
             "compute_capabilities": list(compute_capabilities),
-            "profile": {name: [list(map(int, s)) for s in shapes] for name, shapes in profile.items()},
+            "profiles": [plain(profile)],
             "decompose": False,
+            "plugins": [],
+            "aliased": False,
+            "timing_cache": "",
         }
         try:
-            result = _run(request, progress)
+            result = _run(LIBRARY, request, progress)
         except InputError as error:
             if "is_decomposable" not in error.found:
                 raise
             handle.seek(0)
             handle.truncate()
             request["decompose"] = True
-            result = _run(request, progress)
-    result["warnings"] = tuple(w for w in result["warnings"] if not _is_noise(w))
+            result = _run(LIBRARY, request, progress)
     return PlanReport(
         path=str(target),
         compute_capabilities=tuple(compute_capabilities),
@@ -181,13 +151,10 @@ def build_plan(
     )
 
 
-def _is_noise(warning: str) -> bool:
-    """Parser chatter: int64 reminders, and names of nodes in a function that is called more than once."""
-    return "Int64 binding" in warning or "will not be queryable" in warning
-
-
-def precheck(path: Path) -> int:
+def precheck(path: Path, plugins: frozenset[tuple[str, str]] = frozenset()) -> int:
     """Refuse what the parser would misread or abort on; returns the bytes of the model with its external weights.
+
+    ``plugins`` are operators ``(domain, name)`` without a body that the builder has; TensorRT-RTX has none.
 
     Raises:
         InputError: not an ONNX file, nodes of a domain that is neither standard nor a function of the model, valid
@@ -197,7 +164,7 @@ def precheck(path: Path) -> int:
         model = onnx.load(str(path), load_external_data=False)
     except (OSError, DecodeError) as error:
         raise InputError(f"{path} cannot be read as ONNX: {error}", "an ONNX file") from error
-    functions = {(f.domain, f.name) for f in model.functions}
+    functions = {(f.domain, f.name) for f in model.functions} | plugins
     shapes = {v.name: v for v in (*model.graph.input, *model.graph.value_info, *model.graph.output)}
     found: dict[str, list[str]] = {}
     graphs: list[Any] = [model.graph, *model.functions]
@@ -210,9 +177,9 @@ def precheck(path: Path) -> int:
     if found:
         parts = [f"{reason}: {_some(names)}" for reason, names in found.items()]
         raise InputError(
-            f"TensorRT-RTX cannot build {path}: {'; '.join(parts)}",
+            f"{'TensorRT' if plugins else 'TensorRT-RTX'} cannot build {path}: {'; '.join(parts)}",
             "standard operators over a cache of fixed capacity, with explicit masks",
-            "lower the graph for the target tensorrt-rtx before the build",
+            "lower the graph for this target before the build",
         )
     return path.stat().st_size + sum(f.stat().st_size for f in _external_files(model, path.parent) if f.exists())
 
@@ -222,7 +189,7 @@ def _refused(node: onnx.NodeProto, functions: set[tuple[str, str]], shapes: Mapp
     if (node.domain, node.op_type) in functions:
         return ""
     if node.domain not in ("", "ai.onnx"):
-        return f"{node.domain}::{node.op_type} is not standard and has no body (this TensorRT has no plugins)"
+        return f"{node.domain}::{node.op_type} is not standard, has no body, and is no plugin of this build"
     if node.op_type in _UNSUPPORTED:
         return f"{node.op_type} is not supported ({_UNSUPPORTED[node.op_type]})"
     inputs = [bool(name) for name in node.input]
@@ -245,54 +212,3 @@ def _some(names: Sequence[str]) -> str:
 def _external_files(model: onnx.ModelProto, folder: Path) -> Iterator[Path]:
     names = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
     return (folder / name for name in sorted(names))
-
-
-def _run(request: Mapping[str, Any], progress: Progress | None) -> dict[str, Any]:
-    """One request to a worker process; its errors are raised here, its death is an InputError with its last words."""
-    root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    with tempfile.TemporaryFile("w+") as words, tempfile.TemporaryFile("w+") as asked:
-        asked.write(json.dumps(request) + "\n")
-        asked.seek(0)
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "trtpass.rtx_worker"],
-            stdin=asked,
-            stdout=subprocess.PIPE,
-            stderr=words,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path},
-            pass_fds=[request["descriptor"]],
-        )
-        try:
-            answer = _listen(worker.stdout or (), progress)
-            code = worker.wait()
-        finally:
-            if worker.poll() is None:  # Ctrl-C, or an error in `progress`
-                worker.kill()
-                worker.wait()
-            if worker.stdout is not None:
-                worker.stdout.close()
-        if answer is None:
-            words.seek(0)
-            last = " ".join(words.read().split())[-600:]
-            raise InputError(
-                f"the TensorRT-RTX process ended (exit code {code}) on {request['onnx']}: {last or 'no words'}",
-                "a build that ends",
-                "run `trtpass doctor`; a code of -9 means that memory ran out",
-            )
-    if "error" in answer:
-        raise InputError(*answer["error"])
-    if "oserror" in answer:
-        raise OSError(*answer["oserror"])
-    return dict(answer["result"])
-
-
-def _listen(lines: Iterable[str], progress: Progress | None) -> dict[str, Any] | None:
-    answer = None
-    for line in lines:
-        message = json.loads(line)
-        if "phase" not in message:
-            answer = message
-        elif progress is not None:
-            progress(message["phase"], message["fraction"])
-    return answer

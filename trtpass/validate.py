@@ -75,7 +75,7 @@ def validate(folder: Path, model: str | None = None, report: Report = silent) ->
     results = passes.run(rewritten, steps)
     probe = probe_for(loaded, dense, steps)
     ladder = Ladder(folder, dense, rewritten, steps, results, probe, loaded.module, loaded.onnx)
-    manifest.checks = check_ladder(ladder, manifest.target, report, manifest.kernels)
+    manifest.checks = check_ladder(ladder, manifest.target, report, manifest.kernels, manifest.unbuilt)
     temporary = folder / ".manifest.json"
     temporary.write_text(manifest.model_dump_json(indent=2) + "\n")
     temporary.replace(folder / "manifest.json")

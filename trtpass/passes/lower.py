@@ -6,7 +6,7 @@ Every choice is reported, node by node, with its reason in words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +81,15 @@ def lower(model: ir.Model, target: str, kernels: bool = True) -> Lowered:
     copy.metadata_props[TARGET_KEY] = target
     check(copy, f"the graph lowered to '{target}'")
     return Lowered(copy, tuple(decisions))
+
+
+def counted(decisions: Iterable[tuple[str, Decision]]) -> list[str]:
+    """Decisions in words, each with the phase it was taken in, equal ones once with their number."""
+    lines: dict[str, int] = {}
+    for phase, decision in decisions:
+        text = f"{phase}: {decision.decision} ({decision.reason})"
+        lines[text] = lines.get(text, 0) + 1
+    return [f"{count} x {text}" for text, count in lines.items()]
 
 
 def _settle_casts(model: ir.Model) -> None:

@@ -1,4 +1,6 @@
-"""The process that builds one TensorRT-RTX plan: ``python -m trtpass.rtx_worker``, started by ``trtpass.rtx``.
+"""The process that builds one plan: ``python -m trtpass.plan_worker LIBRARY``, started by ``trtpass.plan_process``.
+
+LIBRARY is ``tensorrt_rtx``, or ``tensorrt``, which alone has plugins and a timing cache.
 
 TensorRT can end its process (an assertion in its compiler), so it gets one of its own; that also makes its peak memory
 measurable. The request comes as one JSON line on stdin, the plan goes to an open file descriptor, progress and the
@@ -9,16 +11,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any, TextIO
 
-import tensorrt_rtx as trt
-
 from trtpass.errors import InputError, TrtpassError
+from trtpass.plan_process import NAMES
+from trtpass.staging import replacing
+
+LIBRARY = sys.argv[1] if __name__ == "__main__" else "tensorrt_rtx"
+NAME = NAMES.get(LIBRARY, LIBRARY)
+trt: Any = importlib.import_module(LIBRARY)
 
 _ACTIVATION = "Total Activation Memory: "
 
@@ -108,9 +116,9 @@ def _parse(parser: Any, path: str, log: _Log) -> None:
         where = f"{error.node_operator()} '{error.node_name()}': " if error.node_operator() else ""
         found.append(where + " ".join(error.desc().split()))
     raise InputError(
-        f"TensorRT-RTX cannot read {path}: {'; '.join(found or log.errors or ['no reason given'])}",
+        f"{NAME} cannot read {path}: {'; '.join(found or log.errors or ['no reason given'])}",
         "operators that its ONNX parser knows",
-        "lower the graph for the target tensorrt-rtx, or build for portable",
+        f"lower the graph for the target {LIBRARY.replace('_', '-')}, or build for portable",
     )
 
 
@@ -135,7 +143,7 @@ def unused_inputs(network: Any) -> list[str]:
     return [name for name in names if name not in seen]
 
 
-def _set_profile(builder: Any, config: Any, network: Any, profile: dict[str, list[list[int]]]) -> None:
+def _add_profile(builder: Any, config: Any, network: Any, profile: dict[str, list[list[int]]]) -> None:
     inputs = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
     unknown = sorted(set(profile) - set(inputs))
     missing = [name for name, shape in inputs.items() if -1 in shape and name not in profile]
@@ -154,14 +162,21 @@ def _set_profile(builder: Any, config: Any, network: Any, profile: dict[str, lis
             raise InputError(f"the profile of '{name}' is {shapes}", "min <= opt <= max in every dimension")
         made.set_shape(name, *shapes)
     if profile and config.add_optimization_profile(made) < 0:
-        raise InputError(f"TensorRT-RTX does not accept the profile {profile}")
+        raise InputError(f"{NAME} does not accept the profile {profile}")
 
 
 def build(request: dict[str, Any], channel: TextIO) -> dict[str, Any]:
-    """Parse, check, build and write one plan; see ``trtpass.rtx.build_plan``."""
+    """Parse, check, build and write one plan; see ``trtpass.rtx.build_plan`` and ``trtpass.trt.builder.build_plan``."""
     started, log = time.monotonic(), _Log()
     builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    if request["plugins"]:
+        from plugins import kernel_ops
+        from trtpass.trt.plugins import register
+
+        register([kernel_ops()[name] for name in request["plugins"]], trt, request["cc"])
+    wanted = ("STRONGLY_TYPED", *(["PREFER_AOT_PYTHON_PLUGINS"] if request["plugins"] else []))
+    flags = (getattr(trt.NetworkDefinitionCreationFlag, name, None) for name in wanted)  # versions differ
+    network = builder.create_network(sum(1 << int(flag) for flag in flags if flag is not None))
     parser = trt.OnnxParser(network, log)
     _send(channel, {"phase": "Parsing", "fraction": 0.0})
     _parse(parser, request["onnx"], log)
@@ -169,9 +184,9 @@ def build(request: dict[str, Any], channel: TextIO) -> dict[str, Any]:
     unused = unused_inputs(network)
     if unused:
         raise InputError(
-            f"TensorRT-RTX's parser leaves {len(unused)} network inputs unused: {', '.join(unused)}",
+            f"{NAME}'s parser leaves {len(unused)} network inputs unused: {', '.join(unused)}",
             "every input to reach an output, or the plan would compute something else",
-            "lower the graph for the target tensorrt-rtx (explicit masks), or drop the inputs",
+            f"lower the graph for the target {LIBRARY.replace('_', '-')} (explicit masks), or drop the inputs",
         )
     attentions = 0
     for i in range(network.num_layers):
@@ -182,12 +197,20 @@ def build(request: dict[str, Any], channel: TextIO) -> dict[str, Any]:
                 _as(layer, "IAttentionInputLayer").attention.decomposable = True
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # what the graph keeps in float32 is meant to be float32
-    config.num_compute_capabilities = len(request["compute_capabilities"])
-    for i, name in enumerate(request["compute_capabilities"]):
-        config.set_compute_capability(getattr(trt.ComputeCapability, name), i)
+    if LIBRARY == "tensorrt_rtx":
+        config.num_compute_capabilities = len(request["compute_capabilities"])
+        for i, name in enumerate(request["compute_capabilities"]):
+            config.set_compute_capability(getattr(trt.ComputeCapability, name), i)
+    if request["aliased"]:
+        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    cache = Path(request["timing_cache"]) if request["timing_cache"] else None
+    if cache is not None:
+        known = cache.read_bytes() if cache.is_file() else b""
+        config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
     monitor = _Progress(channel)
     config.progress_monitor = monitor
-    _set_profile(builder, config, network, request["profile"])
+    for profile in request["profiles"]:
+        _add_profile(builder, config, network, profile)
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     layers, types = network.num_layers, {t.name: str(t.dtype).rsplit(".", 1)[-1] for t in inputs}
     writer = _Writer(request["descriptor"])
@@ -195,7 +218,9 @@ def build(request: dict[str, Any], channel: TextIO) -> dict[str, Any]:
     if writer.failure is not None:
         raise writer.failure
     if not done or writer.bytes == 0:
-        raise InputError(f"TensorRT-RTX cannot build {request['onnx']}: {'; '.join(log.errors) or 'no reason given'}")
+        raise InputError(f"{NAME} cannot build {request['onnx']}: {'; '.join(log.errors) or 'no reason given'}")
+    if cache is not None:
+        _keep(cache, bytes(config.get_timing_cache().serialize()))
     return {
         "bytes": writer.bytes,
         "sha256": writer.digest.hexdigest(),
@@ -208,6 +233,13 @@ def build(request: dict[str, Any], channel: TextIO) -> dict[str, Any]:
         "warnings": sorted(set(log.warnings)),
         "version": trt.__version__,
     }
+
+
+def _keep(path: Path, data: bytes) -> None:
+    """Write a timing cache whole, or leave the one that is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, len(data)) as handle:
+        handle.write(data)
 
 
 def main() -> int:
