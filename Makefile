@@ -13,11 +13,12 @@ SM ?=
 DTYPE ?= float16
 OUT ?= engines
 HEADERS ?=
+UPDATE ?=
 
-.PHONY: help setup weights corpus native engine test check test-gpu golden bench clean distclean
+.PHONY: help setup weights corpus native engine test check test-gpu golden kernels-report bench clean distclean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.installed weights corpus native  ## everything that a fresh machine needs, once (PYTHON=python3.12 to choose one)
 	@echo "ready: make engine MODEL=smollm2-135m"
@@ -53,6 +54,9 @@ test-gpu: .venv/.installed  ## the tests that need an NVIDIA GPU
 
 golden: .venv/.installed  ## rewrite the golden files after an intended change; read the diff
 	@$(BIN)/python -m pytest tests -k golden --update-golden
+
+kernels-report: .venv/.installed  ## machine code of every Triton kernel, docs/kernels.md (UPDATE=1 after an intended change)
+	@$(BIN)/python -m trtpass.kernels_report $(if $(UPDATE),--update)
 
 bench: .venv/.installed  ## all benchmarks that this machine can run
 	@$(BIN)/trtpass bench

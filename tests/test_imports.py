@@ -23,7 +23,7 @@ def modules() -> list[str]:
         info.name
         for package in (trtpass, plugins, graphs)
         for info in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
-        if not info.name.endswith(".kernel") and info.name not in PROGRAMS
+        if not info.name.endswith(".kernel") and "._triton_" not in info.name and info.name not in PROGRAMS
     ]
 
 
