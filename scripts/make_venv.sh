@@ -26,6 +26,10 @@ esac
 pip=(.venv/bin/python -m pip --disable-pip-version-check)
 echo "installing trtpass and its dependencies into .venv (a few minutes the first time)"
 "${pip[@]}" install --quiet -e '.[dev,kernels]'
+# NVIDIA's Python code of TensorRT's plugins, for the tests: source only, so without the library that it wraps
+if ! "${pip[@]}" install --quiet --no-deps tensorrt-cu13-bindings==11.4.0.106; then
+    echo "note: tensorrt-cu13-bindings does not install here; NVIDIA's validators of plugins are not run by the tests" >&2
+fi
 if ! "${pip[@]}" install --quiet -e '.[rtx]'; then
     echo "note: TensorRT-RTX does not install here; the target tensorrt-rtx is off, everything else works" >&2
 fi

@@ -1,4 +1,4 @@
-"""The machine code of every kernel, tactic and architecture: no spills, the ABI of the golden file, and what is a fault."""
+"""Machine code of every kernel, tactic and architecture: no spills, the ABI of the golden file, and what is a fault."""
 
 from __future__ import annotations
 

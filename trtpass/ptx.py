@@ -131,17 +131,12 @@ def compile_ahead(
         **dict.fromkeys(how.constexprs, "constexpr"),
     }
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    made = triton.compile(
-        triton.compiler.ASTSource(kernel.function, signature, dict(how.constexprs), aligned),
-        target=GPUTarget("cuda", cc, 32),
-        # said, because Triton's defaults for the last two change between versions
-        options={
-            "num_warps": how.warps,
-            "num_stages": how.stages,
-            "ptx_version": PTX_VERSION,
-            "enable_fp_fusion": True,
-        },
-    )
+    # the last two are said, because Triton's defaults for them change between versions
+    own = {"num_warps": how.warps, "num_stages": how.stages, "ptx_version": PTX_VERSION, "enable_fp_fusion": True}
+    source = triton.compiler.ASTSource(kernel.function, signature, dict(how.constexprs), aligned)
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True  # a plan carries no paths of the machine that built it
+        made = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=own)
     meta = made.metadata
     return without_scratch(Compiled(meta.name, cc, made.asm["ptx"], meta.shared, meta.num_warps * 32))
 
