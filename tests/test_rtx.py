@@ -12,9 +12,11 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from families import FAMILIES, Exported
 
 from tests import tiny
 from trtpass import io, passes, rtx
+from trtpass.canonicalize import canonicalize
 from trtpass.errors import InputError
 from trtpass.ir import make_node
 from trtpass.passes.cache import insert_cache
@@ -236,6 +238,24 @@ def test_rewritten_plan_with_static_bodies(options: str, tmp_path: Path) -> None
     assert (report.attentions, report.decomposed) == (2, False)
     scores = 4 * 8192 * 8192 * 2  # bytes of one layer's S x S scores in float16
     assert report.activation_memory < scores / 4  # nothing of size S x S is materialised
+
+
+@builds
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plans_of_every_family_for_every_architecture(
+    family: str, tiny_export: Callable[[str], Exported], tmp_path: Path
+) -> None:
+    """The regression test of our static bodies: the one real TensorRT compiler that runs without a GPU."""
+    dense = tiny_export(family).model.clone()
+    canonicalize(dense)
+    rewritten = dense.clone()
+    passes.parse("token-sparse:layers=all,min_tokens=16,window=8,max_keep=0.5")(rewritten)
+    for phase, source in (("prefill", rewritten), ("decode", dense)):
+        lowered = rtx.lower(insert_cache(source, phase, capacity=256))
+        path = written(lowered, tmp_path, phase)
+        report = rtx.build_plan(path, tmp_path / f"{phase}.plan", profile=profile(lowered, 128))
+        assert report.compute_capabilities == rtx.SMS
+        assert (report.attentions, report.decomposed) == (2, False)
 
 
 @builds

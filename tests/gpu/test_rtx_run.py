@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 
 from tests import tiny
 from trtpass import doctor, io, passes, rtx
 from trtpass.passes.cache import insert_cache
+from trtpass.trt.runner import execute
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
 CAPACITY = 256
@@ -23,35 +24,8 @@ def _gpu() -> None:
     run = next(f for f in doctor.examine() if f.name == "target tensorrt-rtx: run")
     if run.status != "ok":
         pytest.skip(run.means)
-    pytest.importorskip("torch", reason="torch holds the device buffers")
-    import torch
-
     if not torch.cuda.is_available():
         pytest.skip("torch is built without CUDA, and it holds the device buffers")
-
-
-def execute(plan: Path, feeds: dict[str, np.ndarray], outputs: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """One run of a plan; outputs are poisoned with NaN first."""
-    import tensorrt_rtx as trt
-    import torch
-
-    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(plan.read_bytes())
-    assert engine is not None, "the plan does not load on this GPU"
-    context = engine.create_execution_context()
-    kept: list[Any] = []
-    for name, array in feeds.items():
-        tensor = torch.from_numpy(np.ascontiguousarray(array)).cuda()
-        kept.append(tensor)
-        context.set_input_shape(name, tuple(array.shape))
-        context.set_tensor_address(name, tensor.data_ptr())
-    made = {n: torch.full(shape, float("nan"), dtype=torch.float16, device="cuda") for n, shape in outputs.items()}
-    for name, tensor in made.items():
-        context.set_tensor_address(name, tensor.data_ptr())
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    assert context.execute_async_v3(stream.cuda_stream)
-    stream.synchronize()
-    return {name: tensor.cpu().numpy() for name, tensor in made.items()}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +54,9 @@ def test_plan_equals_onnxruntime(phase: str, method: str, tmp_path: Path) -> Non
     session = ort.InferenceSession(tmp_path / "graph.onnx", providers=["CPUExecutionProvider"])
     names = [o.name for o in session.get_outputs()]
     expected = dict(zip(names, (np.asarray(v) for v in session.run(names, feeds)), strict=True))
-    got = execute(tmp_path / "graph.plan", feeds, {n: tuple(v.shape) for n, v in expected.items()})
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()}
+    made = execute(tmp_path / "graph.plan", tensors, "tensorrt_rtx")
+    got = {name: tensor.numpy() for name, tensor in made.items()}
     for row, length in enumerate(lengths):
         ours, theirs = (d["logits"][row, :length].astype(np.float32) for d in (got, expected))
         # float16 on both sides, in another order of summation: the bound of the float16 conversion itself

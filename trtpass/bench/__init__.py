@@ -26,6 +26,7 @@ NAMES = {
     "tsa.prefill": "whole prefill of an engine's model, rewritten against dense",
     "ragged.decode": "a decode step over what each head holds, in pages, against one over the whole context",
     "scc.components": "merging by connected components, whole, against NumPy and scipy, and its products alone",
+    "gpu.attention": "one layer in a TensorRT plan on a GPU, ours against TensorRT's own dense attention, 4K to 128K",
     "compile.passes": "time and memory of all passes on a 36-layer, 8B-shaped graph",
 }
 ENGINES = Path("engines")
@@ -68,7 +69,7 @@ def run(
     machine = measure.describe(threads or (1 if clock == "cpu" else measure.cores()), clock)
     folder = _engine(engine)
     records: list[Record] = []
-    attention = [name for name in chosen if name.endswith((".attention", ".overhead"))]
+    attention = [name for name in chosen if name in ("dense.attention", "tsa.attention", "tsa.overhead")]
     if attention:
         records += _attention(attention, tokens, machine, repeats, folder, note)
     if "tsa.prefill" in chosen:
@@ -106,6 +107,16 @@ def run(
                 note(f"scc.components left out: {reason}")
         else:
             note(f"scc.components left out: {library}")
+    if "gpu.attention" in chosen:
+        from trtpass.trt import builder
+
+        lacking = builder.missing()
+        if names or not lacking:
+            from trtpass.bench import gpu
+
+            records += gpu.run(note=note)  # lengths of its own: a GPU needs longer ones to be busy
+        else:
+            note(f"gpu.attention left out: {'; '.join(lacking)}")
     if "compile.passes" in chosen:
         from trtpass.bench import compiling
 

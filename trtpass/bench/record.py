@@ -46,6 +46,7 @@ class Record:
 LIMITS = {
     "dense.attention": "1 (the matmul peak, for the rate of the baseline itself)",
     "tsa.attention": "S(S+1) / n(n+1) without scoring, S(S+1) / (n(n+1) + W S) with it; costs averaged over layers",
+    "gpu.attention": "as tsa.attention",
     "tsa.overhead": "(S+1) / W: scoring needs one product of W rows with S keys, attention two of S rows with S/2",
     "tsa.prefill": "1 / (1 - a + a c): a = share of dense prefill that is attention of sparse layers, "
     "c = 1 / limit of tsa.attention",
