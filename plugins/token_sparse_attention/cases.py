@@ -58,5 +58,8 @@ CASES = [
         width=(24, 16),
         dtype="float16",
     ),
+    _case("float16-wide", 300, [[290, 65]], heads=(2, 1), width=(64, 72), dtype="float16"),
     _case("float16-everything", 65, [[65] * 6], heads=(6, 2), dtype="float16"),
+    _case("float16-wide-groups", 200, [[131]], heads=(2, 1), width=(128, 64), dtype="float16"),
+    _case("float16-wide-ragged", 150, [[129, 64], [0, 150]], heads=(2, 1), width=(40, 64), dtype="float16"),
 ]

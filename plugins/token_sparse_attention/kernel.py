@@ -1,9 +1,14 @@
 """TokenSparseAttention as one Triton launch: rows are read and written through the index, nothing is gathered first.
 
-A program serves one head and ``BLOCK`` slots of its selection: it attends their queries to the keys of all slots up to
-them, with the online softmax of FlashAttention (arXiv 2205.14135, section 3.1), and it owns the rows of ``out`` from
-behind the selected token before its first slot up to its last one; the program of the last selected slot owns the rest.
-Every row has one owner, which writes it once: the attended value where the row is selected, zeros elsewhere.
+A program serves one head and ``QUERIES`` slots of its selection: it attends their queries to the keys of all slots up
+to them, with the online softmax of FlashAttention-2 (arXiv 2307.08691, section 3.1), and it owns the rows of ``out``
+from behind the selected token before its first slot up to its last one; the program of the last selected slot owns the
+rest. Every row has one owner, which writes it once: the attended value where the row is selected, zeros elsewhere.
+
+Programs number C / QUERIES times B H, those with the most keys first. Tiles of keys before the first own slot need no
+mask, and their rows are copied to shared memory two tiles ahead of the products; the tiles on the diagonal come last.
+Blocks of one head run side by side and meet each other's keys in L2; 128 queries read them half as often as 64, which
+leave room for two programs in a multiprocessor, so that the softmax of one hides behind the products of the other.
 """
 
 from __future__ import annotations
@@ -13,9 +18,26 @@ from types import SimpleNamespace
 import triton
 import triton.language as tl
 
+from plugins._triton_attention import (
+    attend_tile,
+    average,
+    empty_state,
+    float32_blocks,
+    load_all_rows,
+    load_rows,
+    reason_against,
+    reason_for_first_tactic,
+    shared_constexprs,
+    store_rows,
+)
 from trtpass.kernel import Example, Kernel, Launch
 
-MAX_WIDTH = 128  # of q and of v: wider tiles spill registers or outgrow the 99 KiB of shared memory of SM86, 89 and 120
+STAGES = 5  # index, and rows that it names two tiles ahead: Triton shares the stages among the loads that chain
+TACTICS = (
+    {"queries": 64, "keys": 64, "warps": 4},
+    {"queries": 128, "keys": 64, "warps": 8},
+    {"queries": 128, "keys": 32, "warps": 8},
+)
 
 
 @triton.jit
@@ -34,89 +56,86 @@ def attend_selected(  # type: ignore[no-untyped-def]
     DV: tl.constexpr,
     SCALE: tl.constexpr,  # of the scores, times log2(e): the softmax is in powers of two
     PRECISION: tl.constexpr,  # of the matrix products of float32 inputs
-    BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,  # D and Dv, rounded up to a power of two
     BLOCK_DV: tl.constexpr,
+    QUERIES: tl.constexpr,  # slots of a program
+    KEYS: tl.constexpr,  # slots of a tile of keys
+    GAP: tl.constexpr,  # rows of zeros written at once
 ):
-    block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, batch = tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last blocks have the most keys: they start first
     chosen = batch * sets + head * sets // heads
     kept = tl.load(count + chosen)
-    first = block * BLOCK
+    first = block * QUERIES
     if first >= kept and block > 0:  # the first block stays, to write zeros where nothing is selected
         return
 
-    # Offsets to whole heads pass 2^31 elements before sequences do anything of the kind.
+    # Whole heads lie more than 2^31 elements apart before the rows of one do.
     query_head = (batch * heads + head).to(tl.int64) * tokens
     key_head = (batch * key_heads + head * key_heads // heads).to(tl.int64) * tokens
+    q += query_head * D
+    k += key_head * D
+    v += key_head * DV
+    out += query_head * DV
     index += chosen.to(tl.int64) * slots
-    d = tl.arange(0, BLOCK_D)
-    dv = tl.arange(0, BLOCK_DV)
-    slot = first + tl.arange(0, BLOCK)
+    slot = first + tl.arange(0, QUERIES)
     position = tl.load(index + slot, mask=slot < kept, other=-1)  # -1 is no row
     own = position >= 0
 
     # Zeros in the gaps between the selected rows, and behind the last one.
     begin = tl.load(index + first - 1, mask=first > 0, other=-1) + 1
-    end = tl.load(index + first + BLOCK - 1, mask=first + BLOCK < kept, other=tokens - 1) + 1
-    nothing = tl.zeros([BLOCK, BLOCK_DV], out.dtype.element_ty)
-    for start in range(begin, end, BLOCK):
-        row = start + tl.arange(0, BLOCK)
+    end = tl.load(index + first + QUERIES - 1, mask=first + QUERIES < kept, other=tokens - 1) + 1
+    for start in range(begin, end, GAP):
+        row = start + tl.arange(0, GAP)
         selected = tl.max((row[:, None] == position[None, :]).to(tl.int32), 1)
         gap = (row < end) & (selected == 0)
-        tl.store(out + (query_head + row)[:, None] * DV + dv, nothing, mask=gap[:, None] & (dv < DV))
+        store_rows(out, row, gap, tl.zeros([GAP, BLOCK_DV], out.dtype.element_ty), DV, BLOCK_DV)
 
-    query = tl.load(q + (query_head + position)[:, None] * D + d, mask=own[:, None] & (d < D), other=0.0)
-    largest = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    weighted = tl.zeros([BLOCK, BLOCK_DV], tl.float32)
-    for start in range(0, tl.minimum(first + BLOCK, kept), BLOCK):
-        key_slot = start + tl.arange(0, BLOCK)
-        key_row = tl.load(index + key_slot, mask=key_slot < kept, other=-1)
-        real = (key_row >= 0)[:, None]
-        key = tl.load(k + (key_head + key_row)[:, None] * D + d, mask=real & (d < D), other=0.0)
-        score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * SCALE
-        # Slots are in the order of positions. A padded key comes after every query of the selection. Slot 0 is visible
-        # to all, so that no row of the first tile is without a maximum.
+    query = load_rows(q, position, own, D, BLOCK_D)
+    largest, total, weighted = empty_state(QUERIES, BLOCK_DV)
+    # Slots are in the order of positions. Those up to the first own one are selected, and seen by every query here.
+    # In float32 two loops of unrolled products would spill registers: all tiles take the masks.
+    diagonal = 0 if PRECISION == "ieee" else (first + 1) // KEYS * KEYS
+    for start in range(0, diagonal, KEYS):
+        row = tl.load(index + start + tl.arange(0, KEYS))
+        key = load_all_rows(k, row, D, BLOCK_D)
+        value = load_all_rows(v, row, DV, BLOCK_DV)
+        score = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        largest, total, weighted = attend_tile(score, value, largest, total, weighted, SCALE, PRECISION)
+    for start in tl.range(diagonal, tl.minimum(first + QUERIES, kept), KEYS, num_stages=1):
+        key_slot = start + tl.arange(0, KEYS)
+        row = tl.load(index + key_slot, mask=key_slot < kept, other=-1)
+        key = load_rows(k, row, row >= 0, D, BLOCK_D)
+        value = load_rows(v, row, row >= 0, DV, BLOCK_DV)
+        score = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        # A padded key comes after every query of the selection.
         score = tl.where(key_slot[None, :] <= slot[:, None], score, float("-inf"))
-        larger = tl.maximum(largest, tl.max(score, 1))
-        weight = tl.exp2(score - larger[:, None])  # [BLOCK, BLOCK]
-        shrink = tl.exp2(largest - larger)
-        value = tl.load(v + (key_head + key_row)[:, None] * DV + dv, mask=real & (dv < DV), other=0.0)
-        weighted = tl.dot(weight.to(value.dtype), value, weighted * shrink[:, None], input_precision=PRECISION)
-        total = total * shrink + tl.sum(weight, 1)
-        largest = larger
-    # A sum is at least 1, the weight of its largest score, except where nothing is selected and nothing is stored.
-    attended = (weighted / tl.maximum(total, 1.0)[:, None]).to(out.dtype.element_ty)
-    tl.store(out + (query_head + position)[:, None] * DV + dv, attended, mask=own[:, None] & (dv < DV))
+        largest, total, weighted = attend_tile(score, value, largest, total, weighted, SCALE, PRECISION)
+    store_rows(out, position, own, average(total, weighted), DV, BLOCK_DV)
 
 
 def _geometry(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace) -> Launch:
-    wide = dtypes.q == "float32"
-    block = 32 if wide else tactic.block
-    constexprs = {
-        "D": d.D,
-        "DV": d.Dv,
-        "SCALE": (a.scale or d.D**-0.5) * 1.4426950408889634,
-        "PRECISION": "ieee" if wide else "tf32",
-        "BLOCK": block,
-        "BLOCK_D": max(32, 1 << (d.D - 1).bit_length()),
-        "BLOCK_DV": max(32, 1 << (d.Dv - 1).bit_length()),
-    }
-    # Other warps and stages make ptxas spill registers on one compute capability or another.
-    large = max(d.D, d.Dv) > 64
-    grid = ((d.C + (block - 1)) // block, d.H, d.B)
-    extras = (d.S, d.C, d.N, d.Hkv)
-    return Launch(grid, extras, constexprs, warps=8 if large else 4, stages=1 if large and wide else 2)
+    constexprs = shared_constexprs(d, a, dtypes.q)
+    width = max(constexprs["BLOCK_D"], constexprs["BLOCK_DV"])
+    if dtypes.q == "float32":
+        queries, keys, warps, stages = float32_blocks(width)
+    else:  # narrow tiles of more keys than columns make ptxas trade spills for occupancy
+        queries, keys, warps, stages = tactic.queries, min(tactic.keys, max(32, width)), tactic.warps, STAGES
+    grid = ((d.C + (queries - 1)) // queries, d.H, d.B)
+    blocks = {"QUERIES": queries, "KEYS": keys, "GAP": 32}
+    return Launch(grid, (d.S, d.C, d.N, d.Hkv), {**constexprs, **blocks}, warps, stages)
 
 
 def _supports(
     d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace, cc: int
 ) -> bool | str:
-    if cc < 80:
-        return f"compute capability {cc} is below 80"
-    if max(d.D, d.Dv) > MAX_WIDTH:
-        return f"head width {max(d.D, d.Dv)} is above {MAX_WIDTH}"
+    if reason := reason_against(d, a, cc):
+        return reason
+    if tactic != SimpleNamespace(**TACTICS[0]) and (reason := reason_for_first_tactic(d, dtypes.q)):
+        return reason
+    if tactic.queries * tactic.keys > 64 * 64 and max(d.D, d.Dv) > 64 and cc not in (90, 100):
+        return f"{tactic.queries} x {tactic.keys} tiles of width {max(d.D, d.Dv)} spill registers of SM{cc}"
     return True
 
 
@@ -139,5 +158,5 @@ KERNEL = Kernel(
     geometry=_geometry,
     supports=_supports,
     example=_example,
-    tactics=({"block": 64}, {"block": 128}),
+    tactics=TACTICS,
 )
