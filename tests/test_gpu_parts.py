@@ -1,4 +1,4 @@
-"""What tests/gpu will give to a GPU, exercised without one: graphs, specifications, inputs, expected outputs, bounds."""
+"""What tests/gpu gives to a GPU, exercised without one: graphs, specifications, inputs, expected outputs, bounds."""
 
 from __future__ import annotations
 

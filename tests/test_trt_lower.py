@@ -112,6 +112,20 @@ def test_one_step_that_does_not_apply_leaves_the_whole_operator_a_body() -> None
     assert "SelectTokens" in {node.op_type for node in trt.plugin_nodes(lowered.model)}
 
 
+def test_without_kernels_everything_is_a_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The invariant: delete every kernel, or Triton, and all models still build."""
+    from trtpass.trt import plugins
+
+    def gone(op: object) -> None:
+        raise ModuleNotFoundError("No module named 'triton'", name="triton")
+
+    monkeypatch.setattr(plugins, "ways", gone)
+    lowered = trt.lower(prefill(), 90)
+    assert not trt.plugin_nodes(lowered.model)
+    assert {d.decision for d in lowered.decisions} == {"static body"}
+    assert all("needs the module triton" in d.reason for d in lowered.decisions)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

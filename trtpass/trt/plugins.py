@@ -68,10 +68,14 @@ def ways(op: Op) -> tuple[tuple[Kernel, int], ...]:
 
 
 def usable(op: Op, dims: Mapping[str, Any], attrs: Mapping[str, Any], floating: str, cc: int) -> list[int] | str:
-    """The tactics, by TensorRT's number, that apply; or, where none does, why the last one does not."""
+    """The tactics, by TensorRT's number, that apply; or, where none does, why the first one does not."""
     reasons: list[str] = []
     found: list[int] = []
-    for number, (kernel, tactic) in enumerate(ways(op), start=1):
+    try:
+        known = ways(op)
+    except ModuleNotFoundError as error:  # a kernel is an optimisation: without Triton, or its file, there are bodies
+        return f"its kernel needs the module {error.name}, which is not there"
+    for number, (kernel, tactic) in enumerate(known, start=1):
         reason = supports(op, kernel, dims, attrs, floating, cc, tactic)
         if reason is True:
             found.append(number)
