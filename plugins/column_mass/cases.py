@@ -43,4 +43,6 @@ CASES = [
     _case("last-row-only", [50], window=1, pool=1),
     _case("own-scale", [50], window=8, scale=0.5),
     _case("scores-far-apart", [64], window=8, spread=6.0),
+    _case("window-of-tiles", [300, 150], window=200, pool=5),
+    _case("2100-tokens", [2100], window=16, heads=(1, 1), prefix=1),
 ]

@@ -13,11 +13,18 @@ from trtpass.op import Case
 Edit = Callable[[Array], None]
 
 
-def _case(name: str, lengths: Sequence[int], edit: Edit | None = None, tokens: int | None = None, **attrs: Any) -> Case:
+def _case(
+    name: str,
+    lengths: Sequence[int],
+    edit: Edit | None = None,
+    tokens: int | None = None,
+    heads: int = 3,
+    **attrs: Any,
+) -> Case:
     settings = {"window": 16, "min_tokens": 8, "coverage_ppm": 20000, **attrs}
 
     def make(seed: int) -> Sequence[Any]:
-        values = mass(seed, 3, tokens or max(lengths), lengths, settings["window"])
+        values = mass(seed, heads, tokens or max(lengths), lengths, settings["window"])
         if edit is not None:
             edit(values)
         return values, int32(lengths)
@@ -30,6 +37,13 @@ def _put(value: float, where: Any = np.s_[...]) -> Edit:
         values[where] = value
 
     return edit
+
+
+def _halves(values: Array) -> None:
+    """Of 2 heads and a window of 16: each is a whole number of fixed-point units, or that and a half."""
+    numbers = np.random.default_rng(len(values)).integers(0, 1 << 24, values.shape)
+    numbers[..., : values.shape[-1] // 2] %= 8
+    values[...] = numbers * 2.0**-26
 
 
 CASES = [
@@ -53,4 +67,10 @@ CASES = [
     _case("one-column", [200], _put(0.0, np.s_[:, :, 1:])),
     _case("nan-and-infinity", [200], lambda x: x[..., :3].__setitem__(..., [np.nan, np.inf, -np.inf])),
     _case("beyond-a-mass", [500], _put(16.0), coverage_ppm=500000),
+    _case("halves", [200], _halves, heads=2, coverage_ppm=1),
+    _case("halves-paper", [200], _halves, heads=2, coverage_ppm=300000, prefix=0, min_tokens=0),
+    _case("many-heads", [130], heads=20, coverage_ppm=100000),
+    # Longer than any block of a kernel's smaller tactic, two in a row so that one of them is tried with it.
+    _case("2100-tokens", [2100], heads=1, coverage_ppm=50000),
+    _case("2100-tokens-ragged", [2100, 2060], heads=1, coverage_ppm=300000, prefix=0, min_tokens=0),
 ]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from trtpass.errors import InputError
+from trtpass.kernel import Kernel
 from trtpass.op import FLOAT32, INT32, Case, Port, Tolerance, op
 
 if TYPE_CHECKING:
@@ -92,3 +93,10 @@ def _cases() -> Sequence[Case]:
     from plugins.select_tokens.cases import CASES
 
     return CASES
+
+
+@OP.kernels
+def _kernels() -> Sequence[Kernel]:
+    from plugins.select_tokens.kernel import KERNEL
+
+    return [KERNEL]

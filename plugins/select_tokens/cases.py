@@ -36,6 +36,16 @@ def _adjacent(seed: int, lengths: Sequence[int], tokens: int) -> Array:
     return (np.float32(1).view(np.int32) + steps.astype(np.int32)).view(np.float32)
 
 
+def _zeros(seed: int, lengths: Sequence[int], tokens: int) -> Array:
+    """Zeros of both signs, which are equal, among the smallest floats."""
+    values = np.array([0.0, -0.0, 0.0, -0.0, 1e-45, -1e-45], dtype=np.float32)
+    return np.random.default_rng(seed).choice(values, (len(lengths), 3, tokens))
+
+
+def _one_set(scores: Scores) -> Scores:
+    return lambda seed, lengths, tokens: scores(seed, lengths, tokens)[:, :1].copy()
+
+
 def _constant(seed: int, lengths: Sequence[int], tokens: int) -> Array:
     return np.full((len(lengths), 3, tokens), 0.25, np.float32)
 
@@ -72,4 +82,8 @@ CASES = [
     *(_case(f"not-finite-{n}", [100], [n], _not_finite, window=4) for n in (10, 30, 50, 70, 90)),
     _case("not-finite-window", [40], [9], _not_finite, window=16),
     _case("adjacent-floats", [100], [50], _adjacent),
+    *(_case(f"zeros-{n}", [100], [n], _zeros) for n in (20, 40, 60, 90)),
+    # Longer than any block of a kernel's smaller tactic, two in a row so that one of them is tried with it.
+    _case("2100-tokens", [2100], [1200], _one_set(_normal), window=16),
+    _case("2100-tokens-ties", [2100, 2070], [900, 2068], _one_set(_few_values), window=32),
 ]
