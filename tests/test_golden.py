@@ -86,3 +86,10 @@ def test_lowered_to_cpu(golden: Golden, phase: str) -> None:
 
 def test_lowered_to_native_kernels(golden: Golden, library: native.Library) -> None:
     golden("native.prefill", text(lower(insert_cache(sparse(), "prefill"), "cpu").model))
+
+
+def test_lowered_to_plugins(golden: Golden) -> None:
+    pytest.importorskip("triton", reason="plugin nodes are those that Triton kernels serve")
+    from trtpass.trt.lower import lower as lower_to_plugins
+
+    golden("tensorrt.prefill", text(lower_to_plugins(insert_cache(sparse(), "prefill", capacity=64), 90).model))

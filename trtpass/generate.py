@@ -46,7 +46,7 @@ def generate(
     manifest = Manifest.read(folder)
     if manifest.target not in RUNNABLE:
         raise InputError(
-            f"this engine's target is '{manifest.target}', whose plans run in TensorRT-RTX on a GPU",
+            f"this engine's target is '{manifest.target}', whose plans run on a GPU in TensorRT",
             f"an engine of target {' or '.join(RUNNABLE)}",
             "build one with TARGET=cpu",
         )

@@ -12,6 +12,7 @@ from trtpass.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+DEVICE = "cuda"
 TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64", "BOOL": "bool"}
 
 
@@ -69,7 +70,7 @@ class Runner:
         if missing := [name for name in self.inputs if name not in feeds]:
             raise InputError(f"the plan's inputs {', '.join(missing)} are missing", ", ".join(self.inputs))
         for name in self.inputs:
-            tensor = feeds[name].to(device="cuda", dtype=self.dtype(name)).contiguous()
+            tensor = feeds[name].to(device=DEVICE, dtype=self.dtype(name)).contiguous()
             self.kept[name] = tensor
             if not self.context.set_input_shape(name, tuple(tensor.shape)):
                 raise InputError(f"input '{name}' of shape {list(tensor.shape)}", "a shape of the profile")
@@ -81,7 +82,7 @@ class Runner:
             else:
                 shape, dtype = tuple(self.context.get_tensor_shape(name)), self.dtype(name)
                 poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
-                made[name] = torch.full(shape, poison, dtype=dtype, device="cuda")
+                made[name] = torch.full(shape, poison, dtype=dtype, device=DEVICE)
             self.context.set_tensor_address(name, made[name].data_ptr())
         self.kept.update(made)
         torch.cuda.synchronize()
