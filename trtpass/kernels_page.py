@@ -45,8 +45,8 @@ def page(found: Sequence[Row]) -> str:
             examples = [kernel.example(tokens) for tokens in TOKENS]
             times = [seconds(example) for example in examples]
             bounds = " / ".join(dict.fromkeys(bound for _, bound in times))
-            cells = " | ".join(_time(value) for value, _ in times)
-            lines.append(f"| {op.name} | {cells} | {bounds} | {examples[0].note} |")
+            shown = " | ".join(_time(value) for value, _ in times)
+            lines.append(f"| {op.name} | {shown} | {bounds} | {examples[0].note} |")
     lines += ["", "## Code", ""]
     for op, kernel, tactic in pairs():
         mine = [r for r in found if (r.op, r.kernel, r.tactic) == (op.name, kernel.name, tactic)]
