@@ -45,4 +45,8 @@ CASES = [
     _case("scores-far-apart", [64], window=8, spread=6.0),
     _case("window-of-tiles", [300, 150], window=200, pool=5),
     _case("2100-tokens", [2100], window=16, heads=(1, 1), prefix=1),
+    # Three in a row, so that each tactic of a kernel is tried in float16, which has tiles of its own.
+    _case("float16-tiles", [300, 150], window=200, pool=5, heads=(2, 1), dtype="float16"),
+    _case("float16-prefix", [300, 90], window=100, pool=9, heads=(4, 2), dtype="float16", prefix=1),
+    _case("float16-many-keys", [700], window=40, pool=1, heads=(3, 1), dtype="float16"),
 ]

@@ -31,6 +31,11 @@ def _tile(x, row, real, depth, D: tl.constexpr, BLOCK_D: tl.constexpr):  # type:
 
 
 @triton.jit
+def _part_size(length, PARTS: tl.constexpr, GRAIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    return (length + PARTS * GRAIN - 1) // (PARTS * GRAIN) * GRAIN
+
+
+@triton.jit
 def window_statistics(  # type: ignore[no-untyped-def]
     q,  # [B, H, S, D]
     k,  # [B, Hkv, S, D]
@@ -64,10 +69,10 @@ def window_statistics(  # type: ignore[no-untyped-def]
     k += (batch * key_heads + head * key_heads // heads).to(tl.int64) * tokens * D
     log_sum += ((batch * heads + head).to(tl.int64) * PARTS + part) * WINDOW
     query = _tile(q, position, real, 0, D, BLOCK_D)
-    # Lower than any score, and finite: a row may see no key for some time, or at all.
+    # Lower than any score, and finite: a row may see no key of this part.
     largest = tl.full([ROWS], -3.4e38, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    size = (length + PARTS * GRAIN - 1) // (PARTS * GRAIN) * GRAIN
+    size = _part_size(length, PARTS, GRAIN)
     for start in range(part * size, tl.minimum(part * size + size, length), KEYS):
         key_row = start + tl.arange(0, KEYS)
         key = _tile(k, key_row, key_row < length, 0, D, BLOCK_D)
@@ -80,8 +85,8 @@ def window_statistics(  # type: ignore[no-untyped-def]
         larger = tl.maximum(largest, tl.max(score, 1))
         total = total * tl.exp2(largest - larger) + tl.sum(tl.exp2(score - larger[:, None]), 1)
         largest = larger
-    seen = real & (total > 0.0)
-    found = tl.where(seen, largest + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
+    seen = real & (part * size <= position)
+    found = tl.where(seen, largest + tl.log2(tl.where(seen, total, 1.0)), 0.0)
     tl.store(log_sum + row, found, mask=row < WINDOW)
 
 
@@ -120,6 +125,7 @@ def window_mass(  # type: ignore[no-untyped-def]
     SCALE: tl.constexpr,  # of the scores, times log2(e)
     PRECISION: tl.constexpr,  # of the matrix products of float32 inputs
     PARTS: tl.constexpr,
+    GRAIN: tl.constexpr,
     BLOCK_D: tl.constexpr,  # D, rounded up to a power of two; of float32, what is multiplied at a time
     ROWS: tl.constexpr,  # of a tile of the window
     COLUMNS: tl.constexpr,  # of which COLUMNS - POOL + 1 are the program's own
@@ -151,6 +157,7 @@ def window_mass(  # type: ignore[no-untyped-def]
     counted = (key_row >= 0) & (key_row < end)
     key = _tile(k, key_row, counted, 0, D, BLOCK_D)
     part = tl.arange(0, PARTS)
+    size = _part_size(length, PARTS, GRAIN)
     tiles = (length - first + ROWS - 1) // ROWS
     columns = tl.zeros([COLUMNS], tl.float32)
     # One loop over heads and their row tiles, so that the rows of the next head are on their way while one ends.
@@ -163,6 +170,7 @@ def window_mass(  # type: ignore[no-untyped-def]
         query = _tile(rows_of_head, position, real, 0, D, BLOCK_D)
         sums = log_sum + here * (PARTS * WINDOW) + part[:, None] * WINDOW + row  # [PARTS, ROWS]
         sums = tl.load(sums, mask=real[None, :], other=0.0)
+        sums = tl.where(part[:, None] * size <= position[None, :], sums, float("-inf"))  # all rows see the first part
         largest = tl.max(sums, 0)
         denominator = largest + tl.log2(tl.sum(tl.exp2(sums - largest[None, :]), 0))
         denominator = tl.where(real, denominator, float("inf"))  # rows that are not there weigh nothing
@@ -187,6 +195,7 @@ def _common(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace) -> 
         "SCALE": (a.scale or d.D**-0.5) * LOG2E,
         "PRECISION": "ieee" if wide else "tf32",
         "PARTS": PARTS,
+        "GRAIN": GRAIN,
         "BLOCK_D": 32 if wide else max(32, 1 << (d.D - 1).bit_length()),
     }
 
@@ -200,7 +209,7 @@ def _statistics(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace,
     wide = dtypes.q == "float32"
     rows = _rows(a.window, 16, 64) if wide else _rows(a.window, 64, tactic.rows)  # wgmma takes 64 and more
     tiles = (a.window + rows - 1) // rows
-    constexprs = {**_common(d, a, dtypes), "GRAIN": GRAIN, "ROWS": rows, "KEYS": 64 if wide else tactic.keys}
+    constexprs = {**_common(d, a, dtypes), "ROWS": rows, "KEYS": 64 if wide else tactic.keys}
     warps = 8 if wide or rows > 64 else 4
     return Launch((d.H * (tiles * PARTS), d.B, 1), (d.S, d.H, d.Hkv), constexprs, warps)
 
@@ -236,8 +245,11 @@ def _supports(
 def _pools(
     d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace, cc: int
 ) -> bool | str:
-    if a.pool > (columns := _columns(dtypes, tactic)) // 2:
+    columns = _columns(dtypes, tactic)
+    if a.pool > columns // 2:
         return f"a pool of {a.pool} columns is above half of a block of {columns}"
+    if columns > 128 and not 90 <= cc < 120:  # elsewhere products take both operands from registers
+        return f"blocks of {columns} columns spill registers on SM{cc}"
     return _supports(d, a, dtypes, tactic, cc)
 
 

@@ -67,13 +67,12 @@ def window_statistics(
         scale: factor of the scores; 0 means 1 / sqrt(D).
 
     Returns:
-        log_sum float32 `[B, H, P, W]`; -inf, the logarithm of no sum, in parts in which a row sees no key and in rows
-        from ``min(W, L)`` on.
+        log_sum float32 `[B, H, P, W]`; 0 in parts in which a row sees no key, and in rows from ``min(W, L)`` on.
     """
     import torch
 
     batch, heads = q.shape[:2]
-    log_sum = torch.full((batch, heads, PARTS, window), -torch.inf, device=q.device)
+    log_sum = torch.zeros(batch, heads, PARTS, window, device=q.device)
     for b, length in enumerate(lengths.tolist()):
         rows = torch.arange(max(length - window, 0), length, device=q.device)
         size = part_size(length)
@@ -81,7 +80,7 @@ def window_statistics(
             scores = _scores(q, k, b, h, rows, length, scale) / LOG2E
             for part in range(-(-length // size) if size else 0):
                 found = scores[:, part * size : (part + 1) * size].logsumexp(-1)
-                log_sum[b, h, part, : len(rows)] = found * LOG2E
+                log_sum[b, h, part, : len(rows)] = (found * LOG2E).where(rows >= part * size, 0.0)
     return log_sum
 
 
@@ -132,8 +131,9 @@ def window_mass(
         if end == 0:
             continue
         for h in range(heads):
-            parts = log_sum[b, h, :, : len(rows), None] / LOG2E  # [P, w, 1]
-            denominator = parts.logsumexp(0) * LOG2E
+            starts = torch.arange(PARTS, device=q.device)[:, None] * part_size(length)
+            parts = log_sum[b, h, :, : len(rows)].where(starts <= rows, -torch.inf) / LOG2E  # [P, w]
+            denominator = parts.logsumexp(0)[:, None] * LOG2E
             weights = torch.exp2(_scores(q, k, b, h, rows, end, scale) - denominator)  # [w, end]
             columns = weights.sum(0)[None, None]
             mass[b, h, :end] = torch.nn.functional.avg_pool1d(columns, pool, 1, pool // 2)[0, 0]
