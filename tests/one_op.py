@@ -23,7 +23,7 @@ def model_of(
 ) -> onnx.ModelProto:
     """A model of one node; ``symbolic`` inputs have named sizes, else the sizes of the given arrays."""
     element = [helper.np_dtype_to_tensor_dtype(x.dtype) for x in inputs]
-    floating = helper.np_dtype_to_tensor_dtype(next(x.dtype for x in inputs if x.dtype.kind == "f"))
+    floating = helper.np_dtype_to_tensor_dtype(next((x.dtype for x in inputs if x.dtype.kind == "f"), np.dtype("f4")))
     given = [
         helper.make_tensor_value_info(port.name, kind_of, list(port.axes) if symbolic else list(x.shape))
         for port, kind_of, x in zip(op.inputs, element, inputs, strict=True)
