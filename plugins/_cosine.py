@@ -21,3 +21,12 @@ def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     limits = torch.finfo(torch.float32)
     directed = (square >= limits.tiny) & (square <= limits.max)  # False for NaN
     return torch.where(directed[..., None], wide / square.sqrt()[..., None], 0.0), directed
+
+
+def inverse_norms(x: Tensor, lengths: Tensor) -> Tensor:
+    """1 / norm of the rows of `[B, S, E]`, float32 `[B, S]`; 0 for rows without a direction and from ``lengths`` on."""
+    import torch
+
+    _, directed = unit_rows(x)
+    real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+    return torch.where(directed & real, 1 / x.float().square().sum(-1).sqrt(), 0.0)
