@@ -41,8 +41,8 @@ def _put(value: float, where: Any = np.s_[...]) -> Edit:
 
 def _halves(values: Array) -> None:
     """Of 2 heads and a window of 16: each is a whole number of fixed-point units, or that and a half."""
-    numbers = np.random.default_rng(len(values)).integers(0, 1 << 24, values.shape)
-    numbers = np.where(np.arange(values.shape[-1]) % 2, numbers, numbers % 8)
+    numbers: Array = np.floor(np.random.default_rng(len(values)).random(values.shape) * 2**24)
+    numbers[..., ::2] %= 8
     values[...] = numbers * 2.0**-26
 
 
