@@ -120,13 +120,13 @@ def window_mass(  # type: ignore[no-untyped-def]
     mass,  # [B, H, S]
     D: tl.constexpr,
     WINDOW: tl.constexpr,
-    POOL: tl.constexpr,
-    PREFIX: tl.constexpr,
     SCALE: tl.constexpr,  # of the scores, times log2(e)
     PRECISION: tl.constexpr,  # of the matrix products of float32 inputs
     PARTS: tl.constexpr,
     GRAIN: tl.constexpr,
     BLOCK_D: tl.constexpr,  # D, rounded up to a power of two; of float32, what is multiplied at a time
+    POOL: tl.constexpr,
+    PREFIX: tl.constexpr,
     ROWS: tl.constexpr,  # of a tile of the window
     COLUMNS: tl.constexpr,  # of which COLUMNS - POOL + 1 are the program's own
 ):
