@@ -113,7 +113,7 @@ class Step:
 ShapeFn = Callable[[SimpleNamespace, SimpleNamespace], Mapping[str, Sequence[Any]]]
 
 
-@dataclass
+@dataclass(eq=False)  # one is itself alone, and may be a key
 class Op:
     """An operator: schema (from the reference's signature), shapes, bodies, cases, tolerance, source.
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from trtpass.errors import InputError
+from trtpass.kernel import Kernel
 from trtpass.op import FLOATS, INT32, Case, Port, Tolerance, op
 
 if TYPE_CHECKING:
@@ -96,3 +97,10 @@ def _cases() -> Sequence[Case]:
     from plugins.block_sparse_attention.cases import CASES
 
     return CASES
+
+
+@OP.kernels
+def _kernels() -> Sequence[Kernel]:
+    from plugins.block_sparse_attention.kernel import KERNEL
+
+    return [KERNEL]

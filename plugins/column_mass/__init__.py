@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from trtpass.errors import InputError
-from trtpass.op import FLOAT32, FLOATS, INT32, Case, Port, Tolerance, op
+from trtpass.op import FLOAT32, FLOATS, INT32, Case, Port, Step, Tolerance, op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,3 +91,11 @@ def _cases() -> Sequence[Case]:
     from plugins.column_mass.cases import CASES
 
     return CASES
+
+
+@OP.steps
+def _steps() -> Sequence[Step]:
+    from plugins.column_mass.steps import WINDOW_MASS, WINDOW_STATISTICS
+
+    given = ("q", "k", "lengths")
+    return [Step(WINDOW_STATISTICS, given, ("log_sum",)), Step(WINDOW_MASS, (*given, "log_sum"), ("mass",))]

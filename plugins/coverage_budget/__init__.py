@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from trtpass.errors import InputError
-from trtpass.op import FLOAT32, INT32, Case, Port, Tolerance, op
+from trtpass.op import FLOAT32, INT32, Case, Port, Step, Tolerance, op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,3 +95,10 @@ def _cases() -> Sequence[Case]:
     from plugins.coverage_budget.cases import CASES
 
     return CASES
+
+
+@OP.steps
+def _steps() -> Sequence[Step]:
+    from plugins.coverage_budget.steps import MASS_SHARE, SHARE_BUDGET
+
+    return [Step(MASS_SHARE, ("mass", "lengths"), ("share",)), Step(SHARE_BUDGET, ("share", "lengths"), ("keep",))]
