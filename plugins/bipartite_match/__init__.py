@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from trtpass.op import FLOAT32, FLOATS, INT32, Case, Port, Tolerance, op
+from trtpass.op import FLOAT32, FLOATS, INT32, Case, Port, Step, Tolerance, op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,3 +85,13 @@ def _cases() -> Sequence[Case]:
     from plugins.bipartite_match.cases import CASES
 
     return CASES
+
+
+@OP.steps
+def _steps() -> Sequence[Step]:
+    from plugins.bipartite_match.steps import MATCH_ROWS, ROW_DIRECTIONS
+
+    return [
+        Step(ROW_DIRECTIONS, ("b", "lengths"), ("inverse",)),
+        Step(MATCH_ROWS, ("a", "b", "inverse", "lengths"), ("match", "similarity")),
+    ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from trtpass.errors import InputError
-from trtpass.op import FLOATS, INT32, Case, Port, Tolerance, op
+from trtpass.op import FLOATS, INT32, Case, Port, Step, Tolerance, op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,3 +100,10 @@ def _cases() -> Sequence[Case]:
     from plugins.connected_components.cases import CASES
 
     return CASES
+
+
+@OP.steps
+def _steps() -> Sequence[Step]:
+    from plugins.connected_components.steps import steps
+
+    return steps()
