@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 
 from plugins import all_ops
 from trtpass.kernel import Kernel
-from trtpass.launch import floating_of, launch, run_steps
+from trtpass.launch import dtypes_of, floating_of, launch, run_steps
 from trtpass.op import Case, Op
 
 GUARD = 4096  # elements before and after every tensor; a multiple of 16 bytes
@@ -69,41 +69,43 @@ def trials() -> tuple[Trial, ...]:
     """Every case with the first tactic of every kernel, every other tactic on a part of them, bfloat16 on a few."""
     found: list[Trial] = []
     for op in all_ops().values():
-        cases = list(op.case_list()) if op.case_list else []
-        steps = [step.op for step in (op.step_list() if op.step_list else ())]
-        for part in (op, *dict.fromkeys(steps)):
-            for kernel in part.kernel_list() if part.kernel_list else ():
-                for number, case in enumerate(cases):
-                    made: list[tuple[int, torch.dtype | None]] = [(0, None)]
-                    if (tactic := number % len(kernel.tactics)) > 0:
-                        made.append((tactic, None))
-                    if number < BFLOAT16 and any(port.floating for port in part.inputs):
-                        made.append((0, torch.bfloat16))
-                    found += [_trial(op, part, kernel, case, *way) for way in made]
+        parts = list(dict.fromkeys((op, *(step.op for step in (op.step_list() if op.step_list else ())))))
+        ways = [(part, kernel) for part in parts for kernel in (part.kernel_list() if part.kernel_list else ())]
+        for number, case in enumerate(op.case_list() if op.case_list else ()):
+            for part, kernel in ways:
+                made: list[tuple[int, str]] = [(0, "")]
+                if (tactic := number % len(kernel.tactics)) > 0:
+                    made.append((tactic, ""))
+                if number < BFLOAT16 and any(port.floating for port in part.inputs):
+                    made.append((0, "bfloat16"))
+                found += [_trial(op, part, kernel, case, *way) for way in made]
     return tuple(found)
 
 
-def _trial(whole: Op, part: Op, kernel: Kernel, case: Case, tactic: int, dtype: torch.dtype | None) -> Trial:
+def _trial(whole: Op, part: Op, kernel: Kernel, case: Case, tactic: int, dtype: str) -> Trial:
     def make() -> Sequence[torch.Tensor]:
-        inputs = tensors(whole, case, dtype)
-        return inputs if part is whole else _inputs_of_step(whole, part, inputs, case.attrs)
+        return given(whole.name, case.name, dtype)[part]
 
     own = {name: value for name, value in whole.complete(case.attrs).items() if name in {a.name for a in part.attrs}}
-    extra = f"-tactic{tactic}" * (tactic > 0) + "-bfloat16" * (dtype is not None)
+    extra = f"-tactic{tactic}" * (tactic > 0) + f"-{dtype}" * bool(dtype)
     return Trial(f"{part.name}-{kernel.name}-{case.name}{extra}", part, kernel, tactic, make, own)
 
 
-def _inputs_of_step(whole: Op, part: Op, inputs: Sequence[torch.Tensor], attrs: Any) -> Sequence[torch.Tensor]:
-    """What reaches the step ``part`` where the references compute those before it."""
-    reached: list[Sequence[torch.Tensor]] = []
+@lru_cache(maxsize=8)  # trials of one case follow each other
+def given(name: str, case_name: str, dtype: str) -> dict[Op, Sequence[torch.Tensor]]:
+    """Inputs of an operator in one of its cases, and what reaches each of its steps where references compute them."""
+    whole = all_ops()[name]
+    case = next(case for case in (whole.case_list() if whole.case_list else ()) if case.name == case_name)
+    inputs = tensors(whole, case, getattr(torch, dtype) if dtype else None)
+    reached: dict[Op, Sequence[torch.Tensor]] = {whole: inputs}
 
-    def run(op: Op, given: Sequence[Any], own: Any) -> Sequence[Any]:
-        if op is part:
-            reached.append(given)
-        return outputs_of(op, given, own)
+    def run(op: Op, inputs: Sequence[Any], own: Any) -> Sequence[Any]:
+        reached.setdefault(op, inputs)
+        return outputs_of(op, inputs, own)
 
-    run_steps(whole, inputs, attrs, run)
-    return reached[0]
+    if whole.step_list:
+        run_steps(whole, inputs, case.attrs, run)
+    return reached
 
 
 def guarded(shape: Sequence[int], dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,17 +118,18 @@ def guarded(shape: Sequence[int], dtype: torch.dtype, device: str) -> tuple[torc
 
 def run(trial: Trial, device: str) -> list[torch.Tensor]:
     """One launch on poisoned outputs: each whole buffer, guards included."""
-    given: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for port, x in zip(trial.op.inputs, trial.make(), strict=True):
-        given[port.name] = guarded(x.shape, x.dtype, device)
-        given[port.name][0].copy_(x)
-    expected = outputs_of(trial.op, trial.make(), trial.attrs)
-    outputs = [
-        given[trial.op.aliases[port.name]] if port.name in trial.op.aliases else guarded(x.shape, x.dtype, device)
-        for port, x in zip(trial.op.outputs, expected, strict=True)
-    ]
-    inputs = [tensor for tensor, _ in given.values()]
-    launch(trial.op, trial.kernel, inputs, [tensor for tensor, _ in outputs], trial.attrs, trial.tactic)
+    op, made = trial.op, trial.make()
+    buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for port, x in zip(op.inputs, made, strict=True):
+        buffers[port.name] = guarded(x.shape, x.dtype, device)
+        buffers[port.name][0].copy_(x)
+    inputs = [tensor for tensor, _ in buffers.values()]
+    shapes, dtypes = op.output_shapes([tuple(x.shape) for x in made], trial.attrs), dtypes_of(op, trial.floating)
+    outputs = []
+    for port in op.outputs:
+        fresh = shapes[port.name], getattr(torch, getattr(dtypes, port.name)), device
+        outputs.append(buffers[op.aliases[port.name]] if port.name in op.aliases else guarded(*fresh))
+    launch(op, trial.kernel, inputs, [tensor for tensor, _ in outputs], trial.attrs, trial.tactic)
     return [buffer.cpu() for _, buffer in outputs]
 
 
