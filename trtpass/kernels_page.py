@@ -46,7 +46,10 @@ def page(found: Sequence[Row]) -> str:
             times = [seconds(example) for example in examples]
             bounds = " / ".join(dict.fromkeys(bound for _, bound in times))
             shown = " | ".join(_time(value) for value, _ in times)
-            lines.append(f"| {op.name} | {shown} | {bounds} | {examples[0].note} |")
+            notes = [examples[0].note] if examples[0].note else []
+            if examples[1].sizes == examples[2].sizes:  # nobody merges more than a video of that length
+                notes.append(f"at most {max(examples[2].sizes.values())} tokens")
+            lines.append(f"| {op.name} | {shown} | {bounds} | {'; '.join(notes)} |")
     lines += ["", "## Code", ""]
     for op, kernel, tactic in pairs():
         mine = [r for r in found if (r.op, r.kernel, r.tactic) == (op.name, kernel.name, tactic)]

@@ -96,7 +96,7 @@ def examine(name: str, kernel_name: str, tactic: int, cc: int, dtype: str = DTYP
         return Row(name, kernel_name, tactic, cc, reason=str(reason))
     made = compile_ahead(op, kernel, example.sizes, example.attrs, dtype, cc, tactic)
     used = usage(made)
-    kinds = [kind for kind, _ in made.parameters]
+    kinds = " ".join(kind for kind, _ in made.parameters)
     abi = {"entry": made.name, "parameters": kinds, "shared": made.shared, "ptx": made.version, "target": made.target}
     # an input whose memory an output shares is read, if at all, through the output
     shared_with = {list(p.name for p in op.inputs).index(source) for source in op.aliases.values()}
