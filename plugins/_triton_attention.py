@@ -99,11 +99,17 @@ def shared_constexprs(d: SimpleNamespace, a: SimpleNamespace, floating: str) -> 
     }
 
 
-def float32_blocks(width: int) -> tuple[int, int, int, int]:
+def float32_blocks(d: SimpleNamespace) -> tuple[int, int, int, int]:
     """Rows and keys of a tile, warps and stages in float32: products are on no tensor cores, and unrolled."""
+    width = max(d.D, d.Dv)
     if width > 64:
-        return 16, 32, 8, 1
+        return 16, 16, 8, 1
     return (32, 32, 4, 1) if width > 32 else (32, 64, 4, 1)
+
+
+def keys_of(d: SimpleNamespace, keys: int) -> int:
+    """Keys of a tile where a tactic says ``keys``: other widths than 64 and 128 need masks, which take registers."""
+    return keys if {d.D, d.Dv} <= {64, 128} else 32
 
 
 def reason_against(d: SimpleNamespace, a: SimpleNamespace, cc: int) -> str:

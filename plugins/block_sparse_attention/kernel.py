@@ -18,6 +18,7 @@ from plugins._triton_attention import (
     average,
     empty_state,
     float32_blocks,
+    keys_of,
     load_rows,
     reason_against,
     reason_for_first_tactic,
@@ -91,11 +92,10 @@ def attend_blocks(  # type: ignore[no-untyped-def]
 
 def _geometry(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace) -> Launch:
     constexprs = shared_constexprs(d, a, dtypes.q)
-    width = max(constexprs["BLOCK_D"], constexprs["BLOCK_DV"])
     if dtypes.q == "float32":
-        queries, keys, warps, stages = float32_blocks(width)
+        queries, keys, warps, stages = float32_blocks(d)
     else:
-        queries, keys, warps, stages = tactic.queries, min(tactic.keys, max(32, width)), tactic.warps, tactic.stages
+        queries, keys, warps, stages = tactic.queries, keys_of(d, tactic.keys), tactic.warps, tactic.stages
     queries, keys = min(queries, a.block), min(keys, a.block)
     grid = ((d.S + (queries - 1)) // queries, d.H, d.B)
     own = {"BLOCK": a.block, "QUERIES": queries, "KEYS": keys}

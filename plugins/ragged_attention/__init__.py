@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from trtpass.errors import InputError
-from trtpass.op import FLOATS, INT32, Case, Port, Tolerance, op
+from trtpass.kernel import Kernel
+from trtpass.op import FLOATS, INT32, Case, Port, Step, Tolerance, op
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _check(
-    heads: int, tokens: int, pages: int, page_size: int, table: Tensor, lengths: Tensor, queries: Tensor
-) -> None:
+def check(heads: int, tokens: int, pages: int, page_size: int, table: Tensor, lengths: Tensor, queries: Tensor) -> None:
     """Raises InputError for what the docstring of ``ragged_attention`` rules out."""
     import torch
 
@@ -84,7 +83,7 @@ def ragged_attention(
     from torch.nn.functional import scaled_dot_product_attention
 
     (batch, heads, tokens, _), (pages, page_size, _) = q.shape, k_pages.shape
-    _check(heads, tokens, pages, page_size, page_table, lengths, queries)
+    check(heads, tokens, pages, page_size, page_table, lengths, queries)
     owners = page_table.shape[1]
     group = heads // owners
     out = q.new_zeros((batch, heads, tokens, v_pages.shape[-1]))
@@ -130,3 +129,21 @@ def _cases() -> Sequence[Case]:
     from plugins.ragged_attention.cases import CASES
 
     return CASES
+
+
+@OP.kernels
+def _kernels() -> Sequence[Kernel]:
+    from plugins.ragged_attention.kernel import KERNEL
+
+    return [KERNEL]
+
+
+@OP.steps
+def _steps() -> Sequence[Step]:
+    from plugins.ragged_attention.steps import PARTIAL, REDUCE
+
+    parts = ("partial", "largest", "total")
+    return [
+        Step(PARTIAL, ("q", "k_pages", "v_pages", "page_table", "lengths", "queries"), parts),
+        Step(REDUCE, parts, ("out",)),
+    ]

@@ -84,9 +84,10 @@ EDGES = [[0, 1, 15], [16, 17, 64], [63, 33, 2]]  # around pages of 16, and a ful
 
 CASES = [
     *(_prefill(n) for n in (1, 63, 127, 128, 129)),
-    _prefill(1000, group=3, slow=True),
+    _case("prefill-1000", [[1000]], [1000], slow=True),
     _case("prefill-batch", [[40, 40], [7, 7], [33, 33]], [40, 7, 33], group=3),
     _case("decode", EDGES, [1, 1, 1], pool={"room": 0}),
+    _case("decode-32900", [[32900]], [1], page_size=128, group=2, width=(8, 8), slow=True),  # more than 128 parts
     _case("decode-groups", EDGES, [1, 1, 1], group=3),
     _case("decode-finished", EDGES, [1, 0, 1]),
     _case("decode-all-finished", EDGES, [0, 0, 0], tokens=1),
@@ -111,4 +112,16 @@ CASES = [
     _case("float16-decode", EDGES, [1, 1, 0], group=3, dtype="float16"),
     _case("float16-chunk", [[150, 23], [131, 4]], [9, 6], group=3, page_size=24, width=(24, 16), dtype="float16"),
     _case("float16-own-scale", [[40, 21]], [5], dtype="float16", scale=0.4),
+    _case("float16-wide-prefill", [[150], [200]], [150, 33], group=2, width=(64, 128), dtype="float16"),
+    _case("float16-wide-chunk", [[300, 40], [129, 200]], [5, 3], group=4, width=(64, 64), dtype="float16"),
+    _case("float16-wide-turn", [[170, 9], [64, 260]], [90, 64], group=2, width=(128, 64), dtype="float16"),
+    _case(
+        "float16-decode-long",
+        [[700, 1], [256, 257], [0, 513]],
+        [1, 1, 1],
+        page_size=24,
+        group=4,
+        width=(64, 64),
+        dtype="float16",
+    ),
 ]

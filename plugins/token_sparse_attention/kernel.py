@@ -23,6 +23,7 @@ from plugins._triton_attention import (
     average,
     empty_state,
     float32_blocks,
+    keys_of,
     load_all_rows,
     load_rows,
     reason_against,
@@ -117,11 +118,10 @@ def attend_selected(  # type: ignore[no-untyped-def]
 
 def _geometry(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace) -> Launch:
     constexprs = shared_constexprs(d, a, dtypes.q)
-    width = max(constexprs["BLOCK_D"], constexprs["BLOCK_DV"])
     if dtypes.q == "float32":
-        queries, keys, warps, stages = float32_blocks(width)
-    else:  # narrow tiles of more keys than columns make ptxas trade spills for occupancy
-        queries, keys, warps, stages = tactic.queries, min(tactic.keys, max(32, width)), tactic.warps, STAGES
+        queries, keys, warps, stages = float32_blocks(d)
+    else:
+        queries, keys, warps, stages = tactic.queries, keys_of(d, tactic.keys), tactic.warps, STAGES
     grid = ((d.C + (queries - 1)) // queries, d.H, d.B)
     blocks = {"QUERIES": queries, "KEYS": keys, "GAP": 32}
     return Launch(grid, (d.S, d.C, d.N, d.Hkv), {**constexprs, **blocks}, warps, stages)
