@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
+CHAINED_STAGES = 5  # where a load names the rows of others: Triton halves the stages, rows are two tiles ahead
 MAX_WIDTH = 128  # of q and of v: wider tiles spill registers or outgrow the 99 KiB of shared memory of SM86, 89 and 120
 
 

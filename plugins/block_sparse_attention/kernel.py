@@ -14,11 +14,13 @@ import triton
 import triton.language as tl
 
 from plugins._triton_attention import (
+    CHAINED_STAGES,
     attend_tile,
     average,
     empty_state,
     float32_blocks,
     keys_of,
+    load_all_rows,
     load_rows,
     reason_against,
     reason_for_first_tactic,
@@ -28,10 +30,12 @@ from plugins._triton_attention import (
 from trtpass.kernel import Example, Kernel, Launch
 
 LEAST, MOST = 16, 128  # tokens of a block: what a matrix product takes, and what a tile holds
+SPILLS = ((64, 120, 64), (128, 86, 128), (128, 89, 128))  # queries, compute capability, width
+LISTED = 128  # numbers of a list that are read at once
 TACTICS = (
-    {"queries": 64, "keys": 32, "warps": 4, "stages": 2},  # takes every width on every GPU without spills
-    {"queries": 64, "keys": 64, "warps": 4, "stages": 2},
-    {"queries": 128, "keys": 64, "warps": 8, "stages": 2},
+    {"queries": 64, "keys": 64, "warps": 4},
+    {"queries": 128, "keys": 64, "warps": 8},
+    {"queries": 64, "keys": 32, "warps": 4},
 )
 
 
@@ -56,6 +60,7 @@ def attend_blocks(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,  # tokens of a block
     QUERIES: tl.constexpr,  # of a program; divides BLOCK
     KEYS: tl.constexpr,  # of a tile; divides BLOCK
+    LISTED: tl.constexpr,  # numbers of the list read at once
 ):
     head, batch = tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
@@ -75,17 +80,31 @@ def attend_blocks(  # type: ignore[no-untyped-def]
     blocks += listed * slots
     query = load_rows(q, position, real, D, BLOCK_D)
     largest, total, weighted = empty_state(QUERIES, BLOCK_DV)
+    # The list is ascending: numbers below 0, then the blocks before this one, then this one, and what lies behind it.
+    amount = tl.load(count + listed)
+    none, before, diagonal = 0, 0, 0
+    for start in range(0, amount, LISTED):
+        slot = start + tl.arange(0, LISTED)
+        block = tl.load(blocks + slot, mask=slot < amount, other=2147483647)
+        none += tl.sum((block < 0).to(tl.int32), 0)
+        before += tl.sum((block < own).to(tl.int32), 0)
+        diagonal += tl.sum((block == own).to(tl.int32), 0)
+
+    # Every query sees all of a block before its own. In float32 two loops of unrolled products would spill registers.
     tiles: tl.constexpr = BLOCK // KEYS
-    for step in range(0, tl.load(count + listed) * tiles):
+    for step in range(none * tiles, before * tiles):
         block = tl.load(blocks + step // tiles)
-        # A block that is none may be any number: it becomes one behind the last, whose rows are none.
-        block = tl.where((block >= 0) & (block <= own), block, rows)
         row = block * BLOCK + step % tiles * KEYS + tl.arange(0, KEYS)
-        reads = row < tokens
-        key = load_rows(k, row, reads, D, BLOCK_D)
-        value = load_rows(v, row, reads, DV, BLOCK_DV)
+        key = load_all_rows(k, row, D, BLOCK_D)
+        value = load_all_rows(v, row, DV, BLOCK_DV)
         score = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        score = tl.where(reads[None, :] & (row[None, :] <= position[:, None]), score, float("-inf"))
+        largest, total, weighted = attend_tile(score, value, largest, total, weighted, SCALE, PRECISION)
+    for start in tl.range(own * BLOCK, tl.where(diagonal > 0, first + QUERIES, 0), KEYS, num_stages=1):
+        row = start + tl.arange(0, KEYS)
+        key = load_rows(k, row, row < tokens, D, BLOCK_D)
+        value = load_rows(v, row, row < tokens, DV, BLOCK_DV)
+        score = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        score = tl.where(row[None, :] <= position[:, None], score, float("-inf"))
         largest, total, weighted = attend_tile(score, value, largest, total, weighted, SCALE, PRECISION)
     store_rows(out, position, real, average(total, weighted), DV, BLOCK_DV)
 
@@ -95,10 +114,10 @@ def _geometry(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, t
     if dtypes.q == "float32":
         queries, keys, warps, stages = float32_blocks(d)
     else:
-        queries, keys, warps, stages = tactic.queries, keys_of(d, tactic.keys), tactic.warps, tactic.stages
+        queries, keys, warps, stages = tactic.queries, keys_of(d, tactic.keys), tactic.warps, CHAINED_STAGES
     queries, keys = min(queries, a.block), min(keys, a.block)
     grid = ((d.S + (queries - 1)) // queries, d.H, d.B)
-    own = {"BLOCK": a.block, "QUERIES": queries, "KEYS": keys}
+    own = {"BLOCK": a.block, "QUERIES": queries, "KEYS": keys, "LISTED": LISTED}
     return Launch(grid, (d.S, d.Q, d.C, d.Hkv), {**constexprs, **own}, warps, stages)
 
 
@@ -112,10 +131,11 @@ def _supports(
     if tactic != SimpleNamespace(**TACTICS[0]):
         if reason := reason_for_first_tactic(d, dtypes.q):
             return reason
-        if tactic.queries > a.block:
-            return f"{tactic.queries} queries of a tile are more than a block of {a.block}"
-        if max(d.D, d.Dv) > 64 and cc not in (90, 100):
-            return f"{tactic.queries} x {tactic.keys} tiles of width {max(d.D, d.Dv)} spill registers of SM{cc}"
+        if tactic.queries > a.block or a.block < 64:
+            return f"blocks of {a.block} tokens have tactics of fewer queries"
+    spills = (tactic.queries, cc, max(d.D, d.Dv)) in SPILLS and tactic.keys == 64 and dtypes.q != "float32"
+    if spills and {d.D, d.Dv} <= {64, 128}:
+        return f"{tactic.queries} x {tactic.keys} tiles of width {max(d.D, d.Dv)} spill registers of SM{cc}"
     return True
 
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from plugins._triton_attention import (
+    CHAINED_STAGES,
     LOG2_E,
     average,
     float32_blocks,
@@ -27,7 +28,7 @@ from plugins._triton_attention import (
     shared_constexprs,
     store_rows,
 )
-from plugins.ragged_attention.kernel import STAGES, attend_slots, visible_slots
+from plugins.ragged_attention.kernel import attend_slots, visible_slots
 from plugins.ragged_attention.steps import PART
 from trtpass.kernel import Example, Kernel, Launch
 
@@ -134,7 +135,7 @@ def _partial_geometry(
     if dtypes.q == "float32":
         rows, keys, warps, stages = float32_blocks(d)
     else:
-        rows, keys, warps, stages = tactic.rows, tactic.keys, tactic.warps, STAGES
+        rows, keys, warps, stages = tactic.rows, tactic.keys, tactic.warps, CHAINED_STAGES
     group = d.H // d.Hkv
     tiles = (d.S * group + (rows - 1)) // rows
     grid = ((d.M * d.Z + (PART - 1)) // PART, tiles * d.Hkv, d.B)

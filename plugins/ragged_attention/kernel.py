@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from plugins._triton_attention import (
+    CHAINED_STAGES,
     attend_tile,
     average,
     empty_state,
@@ -31,7 +32,6 @@ from plugins._triton_attention import (
 )
 from trtpass.kernel import Example, Kernel, Launch
 
-STAGES = 5  # table, and rows that it names two tiles ahead: Triton shares the stages among the loads that chain
 TACTICS = (
     {"rows": 64, "keys": 64, "warps": 4},
     {"rows": 128, "keys": 64, "warps": 8},
@@ -147,7 +147,7 @@ def _geometry(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, t
     if dtypes.q == "float32":
         rows, keys, warps, stages = float32_blocks(d)
     else:
-        rows, keys, warps, stages = tactic.rows, keys_of(d, tactic.keys), tactic.warps, STAGES
+        rows, keys, warps, stages = tactic.rows, keys_of(d, tactic.keys), tactic.warps, CHAINED_STAGES
     group = d.H // d.Hkv
     grid = ((d.S * group + (rows - 1)) // rows, d.Hkv, d.B)
     return Launch(grid, (d.S, d.M, group), {"Z": d.Z, **constexprs, "ROWS": rows, "KEYS": keys}, warps, stages)

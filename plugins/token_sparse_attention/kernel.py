@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from plugins._triton_attention import (
+    CHAINED_STAGES,
     attend_tile,
     average,
     empty_state,
@@ -33,7 +34,6 @@ from plugins._triton_attention import (
 )
 from trtpass.kernel import Example, Kernel, Launch
 
-STAGES = 5  # index, and rows that it names two tiles ahead: Triton shares the stages among the loads that chain
 TACTICS = (
     {"queries": 64, "keys": 64, "warps": 4},
     {"queries": 128, "keys": 64, "warps": 8},
@@ -121,7 +121,7 @@ def _geometry(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, t
     if dtypes.q == "float32":
         queries, keys, warps, stages = float32_blocks(d)
     else:
-        queries, keys, warps, stages = tactic.queries, keys_of(d, tactic.keys), tactic.warps, STAGES
+        queries, keys, warps, stages = tactic.queries, keys_of(d, tactic.keys), tactic.warps, CHAINED_STAGES
     grid = ((d.C + (queries - 1)) // queries, d.H, d.B)
     blocks = {"QUERIES": queries, "KEYS": keys, "GAP": 32}
     return Launch(grid, (d.S, d.C, d.N, d.Hkv), {**constexprs, **blocks}, warps, stages)
