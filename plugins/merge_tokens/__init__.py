@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from trtpass.op import FLOAT32, FLOATS, INT32, Case, Port, Tolerance, op
+from trtpass.op import FLOAT32, FLOATS, INT32, Case, Port, Step, Tolerance, op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,3 +86,13 @@ def _cases() -> Sequence[Case]:
     from plugins.merge_tokens.cases import CASES
 
     return CASES
+
+
+@OP.steps
+def _steps() -> Sequence[Step]:
+    from plugins.merge_tokens.steps import MERGE_ROWS, TARGET_ORDER
+
+    return [
+        Step(TARGET_ORDER, ("target",), ("order", "ordered")),
+        Step(MERGE_ROWS, ("base", "base_size", "x", "size", "order", "ordered"), ("merged", "merged_size")),
+    ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from trtpass.errors import InputError
-from trtpass.op import FLOATS, INT32, Case, Port, Tolerance, op
+from trtpass.op import FLOATS, INT32, Case, Port, Step, Tolerance, op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,3 +90,13 @@ def _cases() -> Sequence[Case]:
     from plugins.segment_mean.cases import CASES
 
     return CASES
+
+
+@OP.steps
+def _steps() -> Sequence[Step]:
+    from plugins.segment_mean.steps import SEGMENT_MEANS, SEGMENT_ORDER
+
+    return [
+        Step(SEGMENT_ORDER, ("label",), ("order", "ordered")),
+        Step(SEGMENT_MEANS, ("x", "order", "ordered"), ("mean", "size")),
+    ]
