@@ -44,7 +44,7 @@ def segment_means(  # type: ignore[no-untyped-def]
 
 
 def _capacity(d: SimpleNamespace, a: SimpleNamespace) -> int:
-    return (d.S * a.max_segments_permille + 999) // 1000  # type: ignore[no-any-return]
+    return (d.S * a.max_segments_permille + 999) // 1000
 
 
 def _geometry(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace) -> Launch:
