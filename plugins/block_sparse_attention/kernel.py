@@ -30,7 +30,7 @@ from plugins._triton_attention import (
 from trtpass.kernel import Example, Kernel, Launch
 
 LEAST, MOST = 16, 128  # tokens of a block: what a matrix product takes, and what a tile holds
-SPILLS = ((64, 120, 64), (128, 86, 128), (128, 89, 128))  # queries, compute capability, width
+SPILLS = ((64, 120, 64), (128, 120, 128), (128, 86, 128), (128, 89, 128))  # queries, compute capability, width
 LISTED = 128  # numbers of a list that are read at once
 TACTICS = (
     {"queries": 64, "keys": 64, "warps": 4},
@@ -90,17 +90,21 @@ def attend_blocks(  # type: ignore[no-untyped-def]
         before += tl.sum((block < own).to(tl.int32), 0)
         diagonal += tl.sum((block == own).to(tl.int32), 0)
 
-    # Every query sees all of a block before its own. In float32 two loops of unrolled products would spill registers.
+    # Every query sees all of a block before its own. In float32 two loops of unrolled products would spill registers:
+    # all tiles take the masks.
     tiles: tl.constexpr = BLOCK // KEYS
-    for step in range(none * tiles, before * tiles):
+    masked = (none if PRECISION == "ieee" else before) * tiles
+    end = before * tiles + diagonal * tl.cdiv(first % BLOCK + QUERIES, KEYS)
+    for step in range(none * tiles, masked):
         block = tl.load(blocks + step // tiles)
         row = block * BLOCK + step % tiles * KEYS + tl.arange(0, KEYS)
         key = load_all_rows(k, row, D, BLOCK_D)
         value = load_all_rows(v, row, DV, BLOCK_DV)
         score = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         largest, total, weighted = attend_tile(score, value, largest, total, weighted, SCALE, PRECISION)
-    for start in tl.range(own * BLOCK, tl.where(diagonal > 0, first + QUERIES, 0), KEYS, num_stages=1):
-        row = start + tl.arange(0, KEYS)
+    for step in tl.range(masked, end, num_stages=1):
+        block = tl.load(blocks + step // tiles)
+        row = block * BLOCK + step % tiles * KEYS + tl.arange(0, KEYS)
         key = load_rows(k, row, row < tokens, D, BLOCK_D)
         value = load_rows(v, row, row < tokens, DV, BLOCK_DV)
         score = tl.dot(query, tl.trans(key), input_precision=PRECISION)
