@@ -21,12 +21,16 @@ def _case(
     share: float = 0.5,
     diagonal: bool = True,
     wild: bool = False,
+    below: int = 0,
     capacity: int = 0,
     dtype: str = "float32",
     slow: bool = False,
     **attrs: Any,
 ) -> Case:
-    """A share of the blocks below the diagonal, with it or without; ``wild`` adds blocks above it and out of range."""
+    """A share of the blocks below the diagonal, with it or without; ``wild`` adds blocks above it and out of range.
+
+    ``below`` numbers out of range come before all of them.
+    """
 
     def make(seed: int) -> Sequence[Any]:
         rng = np.random.default_rng(seed)
@@ -42,7 +46,7 @@ def _case(
             chosen = [j for j in range(i) if rng.random() < share] + [i] * diagonal
             if wild:
                 chosen = sorted({-5, *chosen, *(j for j in range(i + 1, rows) if rng.random() < 0.5), rows, 2**31 - 1})
-            chosen = chosen[-slots:]
+            chosen = [*range(-below, 0), *chosen][-slots:]
             blocks[place][: len(chosen)] = chosen
             count[place] = len(chosen)
         return q, k, v, blocks, count
@@ -60,9 +64,14 @@ CASES = [
     _case("without-diagonal", 130, block=32, diagonal=False),  # the first block sees nothing
     _case("wild", 150, wild=True, capacity=16),
     _case("short-lists", 150, capacity=2),
+    _case("long-lists", 100, below=200, capacity=220),
     _case("groups", 80, heads=(6, 2), batch=3),
     _case("odd-widths", 50, heads=(2, 1), width=(5, 7)),
     _case("own-scale", 80, scale=0.7),
     _case("float16", 129, block=64, heads=(6, 2), batch=2, dtype="float16"),
     _case("float16-wild", 150, block=32, wild=True, capacity=12, width=(64, 64), dtype="float16"),
+    _case("float16-wide", 300, block=128, heads=(2, 1), width=(64, 64), dtype="float16"),
+    _case("float16-wide-wild", 200, block=64, wild=True, capacity=9, width=(64, 128), dtype="float16"),
+    _case("float16-wide-short", 700, block=128, heads=(2, 1), capacity=3, width=(128, 64), dtype="float16"),
+    _case("float16-wide-everything", 290, block=128, share=1.0, width=(64, 64), dtype="float16"),
 ]

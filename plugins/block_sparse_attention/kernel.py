@@ -2,8 +2,10 @@
 
 A program serves ``QUERIES`` rows of one query block and head, with the online softmax of FlashAttention-2 (arXiv
 2307.08691, section 3.1). Programs number S / QUERIES times B H, the last query blocks, which may list the most, first.
-What is not listed is not read: time goes with the number of listed blocks. Only the block on the diagonal needs the
-causal mask, but a comparison a score is cheaper than a second loop, whose tiles would be few.
+What is not listed is not read: time goes with the number of listed blocks. A look through the list, 128 numbers at
+once, finds where it passes the diagonal: tiles before it need no mask, and are copied to shared memory two tiles ahead
+of the products; those on the diagonal come last, as far as the program's own rows. Heads share nothing, as each has
+lists of its own; query blocks side by side meet the keys of a head in L2.
 """
 
 from __future__ import annotations
