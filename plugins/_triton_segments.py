@@ -72,7 +72,8 @@ def members_of(segment, ordered, tokens):  # type: ignore[no-untyped-def]
     no longer knows which pointers are aligned, and reads rows of float16 two bytes at a time.
     """
     levels = (tokens.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126  # the exponent of S, and one
-    levels = tl.where(tl.load(ordered + tokens - 1) < tl.min(segment, 0), 0, levels)  # no label from here on
+    last = tl.load(ordered + tokens - 1, mask=tokens > 0, other=-1)
+    levels = tl.where(last < tl.min(segment, 0), 0, levels)  # no label from here on
     begin = tl.zeros(segment.shape, tl.int32)
     end = begin
     for level in range(levels):
@@ -163,4 +164,5 @@ def constexprs(width: int, tactic: SimpleNamespace) -> dict[str, int | float | s
     return {"E": width, "GROUP": tactic.group, "BLOCK_E": block, "WINDOW": tactic.window}
 
 
-TACTICS = ({"group": 4, "block_e": 256, "window": 8}, {"group": 4, "block_e": 128, "window": 32})
+# Small segments leave little of a larger tile; more programs where one segment has most of the tokens.
+TACTICS = ({"group": 4, "block_e": 256, "window": 8}, {"group": 2, "block_e": 128, "window": 16})

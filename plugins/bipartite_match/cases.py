@@ -92,6 +92,7 @@ CASES = [
     _case("batch", 50, [20, 7, 31], 33),
     _case("rows-absent", 40, [20, 0, 1], 33, rows=24),
     _case("no-rows", 63, [0, 0], 7, rows=5),
+    _case("no-room", 63, [0, 0], 7),
     _case("float16", 129, [33, 20, 1], 33, dtype="float16"),
     _case("float16-7-wide", 63, [7, 3], 7, dtype="float16"),
     _case("one-wide", 65, [9, 2, 1], 1, ties),

@@ -148,12 +148,13 @@ def _supports(
 def _example(tokens: int) -> Example:
     heads, key_heads, width, block = 32, 8, 128, 128
     rows = tokens // block
-    kept = max(1, rows // 8)  # listed blocks of each query block, the diagonal among them
+    kept = max(1, rows // 8)  # listed blocks of a query block, the diagonal among them; the first ones have not as many
+    listed = rows * kept - kept * (kept - 1) / 2
     return Example(
         sizes={
             "B": 1, "H": heads, "Hkv": key_heads, "S": tokens, "D": width, "Dv": width, "Q": rows, "C": kept,
         },
-        flops=heads * rows * (kept * block * block - block * (block - 1) / 2) * 4 * width,
+        flops=heads * (listed * block * block - rows * block * (block - 1) / 2) * 4 * width,
         bytes=2 * width * (2 * heads * tokens + 2 * key_heads * tokens) + 4 * heads * rows * (kept + 1),
         tensor=True,
         attrs={"block": block},

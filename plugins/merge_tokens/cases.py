@@ -58,6 +58,7 @@ CASES = [
     _case("one-row", 1000, 1, 7, weights=POSITIVE),
     _case("one-wide", 65, 9, 1, weights=POSITIVE),
     _case("more-rows-than-tokens", 5, 200, 7, weights=POSITIVE),
+    _case("no-tokens", 0, 20, 7, batch=2, weights=COUNTS),
     _case("batch", 50, 20, 7, batch=3, weights=POSITIVE),
     _case("targets-outside", 100, 20, 7, batch=3, targets=(-10, 30), weights=POSITIVE),
     _case("targets-far-away", 63, 20, 7, targets=(-(2**31), 2**31 - 1)),
