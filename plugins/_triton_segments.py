@@ -65,16 +65,17 @@ def token_order(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def members_of(segment, ordered, tokens):  # type: ignore[no-untyped-def]
-    """Where the members of ascending segments begin and end among the ascending labels `[S]`: binary search.
+def members_of(first, ordered, tokens, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the members of ``GROUP`` segments begin and end among the ascending labels `[S]`: binary search.
 
-    The loops have lengths, and no branch is around them: beside a ``while``, or an ``if`` with loops in it, Triton 3.9
-    no longer knows which pointers are aligned, and reads rows of float16 two bytes at a time.
+    The loop has a length, and no branch is around it: beside a ``while``, or an ``if`` with a loop in it, Triton 3.9 no
+    longer knows which pointers are aligned, and reads rows of float16 two bytes at a time.
     """
+    segment = first + tl.arange(0, GROUP)
     levels = (tokens.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126  # the exponent of S, and one
     last = tl.load(ordered + tokens - 1, mask=tokens > 0, other=-1)
-    levels = tl.where(last < tl.min(segment, 0), 0, levels)  # no label from here on
-    begin = tl.zeros(segment.shape, tl.int32)
+    levels = tl.where(last < first, 0, levels)  # no label from here on
+    begin = tl.full([GROUP], 0, tl.int32)
     end = begin
     for level in range(levels):
         step = 1 << (levels - 1 - level)
@@ -100,30 +101,20 @@ def sums_of_members(  # type: ignore[no-untyped-def]
     WINDOW: tl.constexpr,
 ):
     """Sums in float32 of the rows of each segment, weighted or not `[GROUP, BLOCK_E]`, and of the weights `[GROUP]`."""
-    segment = tl.arange(0, GROUP)
-    sums = tl.zeros([GROUP, BLOCK_E], tl.float32)
-    sizes = tl.zeros([GROUP], tl.float32)
-    inside = (column < E)[None, :]
-    for s in range(GROUP):
-        start = tl.sum(tl.where(segment == s, begin, 0), 0)
-        stop = tl.sum(tl.where(segment == s, end, 0), 0)
-        if start < stop:
-            total = tl.zeros([WINDOW, BLOCK_E], tl.float32)
-            size = tl.zeros([WINDOW], tl.float32)
-            for first in tl.range(start, stop, WINDOW, num_stages=3):
-                place = first + tl.arange(0, WINDOW)
-                token = tl.load(order + place, mask=place < stop, other=0)
-                row = x + token.to(tl.int64)[:, None] * E + column[None, :]
-                value = tl.load(row, mask=(place < stop)[:, None] & inside, other=0.0).to(tl.float32)
-                if WEIGHTED:
-                    scale = tl.load(weight + token, mask=place < stop, other=0.0)
-                    value = value * scale[:, None]
-                    size += scale
-                total += value
-            sums = tl.where((segment == s)[:, None], tl.sum(total, 0)[None, :], sums)
-            if WEIGHTED:
-                sizes = tl.where(segment == s, tl.sum(size, 0), sizes)
-    return sums, sizes
+    sums = tl.full([GROUP, WINDOW, BLOCK_E], 0, tl.float32)
+    sizes = tl.full([GROUP, WINDOW], 0, tl.float32)
+    for start in tl.range(0, tl.max(end - begin, 0), WINDOW, num_stages=3):
+        place = begin[:, None] + (start + tl.arange(0, WINDOW))[None, :]
+        real = place < end[:, None]
+        token = tl.load(order + place, mask=real, other=0)
+        row = x + token.to(tl.int64)[:, :, None] * E + column[None, None, :]
+        value = tl.load(row, mask=real[:, :, None] & (column < E)[None, None, :], other=0.0).to(tl.float32)
+        if WEIGHTED:
+            scale = tl.load(weight + token, mask=real, other=0.0)
+            value = value * scale[:, :, None]
+            sizes += scale
+        sums += value
+    return tl.sum(sums, 1), tl.sum(sizes, 1)
 
 
 def order_kernel(limit: Any) -> Kernel:
@@ -164,5 +155,4 @@ def constexprs(width: int, tactic: SimpleNamespace) -> dict[str, int | float | s
     return {"E": width, "GROUP": tactic.group, "BLOCK_E": block, "WINDOW": tactic.window}
 
 
-# Small segments leave little of a larger tile; more programs where one segment has most of the tokens.
-TACTICS = ({"group": 4, "block_e": 256, "window": 8}, {"group": 2, "block_e": 128, "window": 16})
+TACTICS = ({"group": 4, "block_e": 128, "window": 8}, {"group": 4, "block_e": 64, "window": 16})

@@ -16,7 +16,7 @@ from trtpass.canonicalize import canonicalize
 from trtpass.export import export
 from trtpass.passes.cache import insert_cache
 
-LAYERS, LENGTH = 4, 160
+LAYERS, LENGTH = 3, 160
 METHOD = "token-sparse:layers=all,min_tokens=16,window=16,coverage={coverage}"
 
 

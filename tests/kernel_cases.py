@@ -15,6 +15,7 @@ from plugins import all_ops
 from trtpass.kernel import Kernel
 from trtpass.launch import dtypes_of, floating_of, launch, run_steps
 from trtpass.op import Case, Op
+from trtpass.ptx import supports
 
 GUARD = 4096  # elements before and after every tensor; a multiple of 16 bytes
 BFLOAT16 = 2  # cases of each operator that are tried in bfloat16 too
@@ -30,6 +31,12 @@ class Trial:
     tactic: int
     make: Callable[[], Sequence[torch.Tensor]]
     attrs: dict[str, Any]
+
+    @property
+    def applies(self) -> bool:
+        """Whether the tactic does, on the GPU that takes most of them."""
+        dims = self.op.bind([tuple(x.shape) for x in self.make()])
+        return supports(self.op, self.kernel, dims, self.attrs, self.floating, 90, self.tactic) is True
 
     @property
     def floating(self) -> str:
@@ -78,7 +85,11 @@ def trials() -> tuple[Trial, ...]:
                     made.append((tactic, ""))
                 if number < BFLOAT16 and any(port.floating for port in part.inputs):
                     made.append((0, "bfloat16"))
-                found += [_trial(op, part, kernel, case, *way) for way in made]
+                found += [
+                    trial
+                    for trial in (_trial(op, part, kernel, case, *way) for way in made)
+                    if trial.tactic == 0 or trial.applies
+                ]
     return tuple(found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="kernels are written in Triton")
 
-from kernel_cases import Trial, check, kernels, outputs_of, stepped, tensors, trials  # noqa: E402
+from kernel_cases import Trial, kernels, outputs_of, stepped, tensors, trials  # noqa: E402
 from test_operators import Expr  # noqa: E402
 
 from plugins import all_ops, kernel_ops  # noqa: E402
@@ -29,8 +30,8 @@ WORKERS = 2
 
 
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[torch.Tensor] | str]:
-    """What every kernel wrote on every case, or what it raised."""
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    """What is wrong with every kernel on every case; empty where it equals its reference."""
     folder = tmp_path_factory.mktemp("interpreter")
     files = [folder / f"made.{number}-of-{WORKERS}" for number in range(WORKERS)]
     script = str(Path(__file__).parent / "kernel_worker.py")
@@ -48,7 +49,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[t
         for worker, said in zip(running, words, strict=True):
             worker.kill()
             said.close()
-    return {name: made for file in files for name, made in torch.load(file).items()}
+    return {name: wrong for file in files for name, wrong in json.loads(file.read_text()).items()}
 
 
 @pytest.fixture
@@ -57,12 +58,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("trial", trials(), ids=lambda trial: trial.name)
-def test_kernel_equals_reference_in_the_interpreter(
-    trial: Trial, interpreted: Mapping[str, list[torch.Tensor] | str]
-) -> None:
-    made = interpreted[trial.name]
-    assert not isinstance(made, str), made
-    check(trial, made)
+def test_kernel_equals_reference_in_the_interpreter(trial: Trial, interpreted: Mapping[str, str]) -> None:
+    assert interpreted[trial.name] == ""
 
 
 @pytest.mark.parametrize("trial", trials(), ids=lambda trial: trial.name)

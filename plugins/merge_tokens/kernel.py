@@ -47,7 +47,7 @@ def merge_rows(  # type: ignore[no-untyped-def]
     column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     first = tl.program_id(0) * GROUP
     row = first + tl.arange(0, GROUP)
-    begin, end = members_of(row, ordered, tokens)
+    begin, end = members_of(first, ordered, tokens, GROUP)
     sums, sizes = sums_of_members(x, size, order, begin, end, column, E, GROUP, BLOCK_E, True, WINDOW)
     out = batch * rows + row
     place = out[:, None] * E + column[None, :]

@@ -32,7 +32,7 @@ def segment_means(  # type: ignore[no-untyped-def]
     column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     first = tl.program_id(0) * GROUP
     segment = first + tl.arange(0, GROUP)
-    begin, end = members_of(segment, ordered, tokens)
+    begin, end = members_of(first, ordered, tokens, GROUP)
     sums, _ = sums_of_members(x, x, order, begin, end, column, E, GROUP, BLOCK_E, False, WINDOW)
     value = sums / tl.maximum(end - begin, 1).to(tl.float32)[:, None]
     out = batch * segments + segment
