@@ -4,10 +4,10 @@
 and no memory to speak of, which for 8192 tokens takes a few microseconds of a whole GPU, and no more than one launch. A
 program owns ``BLOCK`` tokens; its threads each hold all of them, and go through other labels side by side.
 
-The members of a segment then lie together. The program that owns the segment reads its rows in tiles, several of them
-under way, and no other: ``GROUP`` segments by ``BLOCK_E`` columns are one program. Columns are split because one
-segment may have most of the tokens (the background of a video), and its rows then come through one multiprocessor for
-each block of columns. Rows are added in an order that depends on labels alone, and reach their own segment only:
+The members of a segment then lie together. A program owns ``GROUP`` segments by ``BLOCK_E`` columns: it finds where
+their members begin and end, and reads ``WINDOW`` of each at a time, two such tiles under way. Columns are split because
+one segment may have most of the tokens (the background of a video), and its rows then come through one multiprocessor
+for each block of columns. Rows are added in an order that depends on labels alone, and reach their own segment only:
 nothing is multiplied by 0.
 """
 
@@ -155,4 +155,5 @@ def constexprs(width: int, tactic: SimpleNamespace) -> dict[str, int | float | s
     return {"E": width, "GROUP": tactic.group, "BLOCK_E": block, "WINDOW": tactic.window}
 
 
+# Small segments leave little of a larger window; more programs of fewer columns where one segment has most tokens.
 TACTICS = ({"group": 4, "block_e": 128, "window": 8}, {"group": 4, "block_e": 64, "window": 16})

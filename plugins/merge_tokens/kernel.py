@@ -71,12 +71,8 @@ def _geometry(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, t
 def _supports(
     d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace, cc: int
 ) -> bool | str:
-    # Found by compiling; the other tactic takes each of these.
-    wide = tactic == SimpleNamespace(**TACTICS[1])
-    if (cc, wide) == (120, True) and dtypes.x != "float32":
+    if cc == 120 and tactic.window > 8:
         return f"windows of {tactic.window} tokens spill registers of SM120"
-    if (cc, wide, dtypes.x) == (80, False, "bfloat16"):
-        return f"windows of {tactic.window} tokens of bfloat16 spill registers of SM80"
     return supports(d, a, dtypes, tactic, cc)
 
 
