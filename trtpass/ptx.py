@@ -156,7 +156,8 @@ def without_scratch(compiled: Compiled) -> Compiled:
             "do without descriptors made in the kernel (tl.make_tensor_descriptor)",
         )
     declaration = compiled._declaration()
-    lines = [line for line in declaration[1].splitlines() if not any(symbol in line for _, symbol in hidden)]
+    ends = {symbol for _, symbol in hidden}
+    lines = [line for line in declaration[1].splitlines() if not ends & set(re.findall(r"\w+(?=,?$)", line))]
     kept = "\n".join(lines).rstrip().rstrip(",") + "\n"
     start, end = declaration.span(1)
     return dataclasses.replace(compiled, ptx=compiled.ptx[:start] + kept + compiled.ptx[end:])
