@@ -117,7 +117,5 @@ def test_the_prompt_of_a_real_tokenizer(smollm2: Any) -> None:
     assert (
         text.index("<|im_start|>user") < text.index("Repeat the previous context exactly.") < text.rindex("assistant")
     )
-    made = oracle.scores(smollm2.module, prefix, ids, bridge)
-    assert made.score.shape == (30, 3, len(ids)) and made.hidden.shape == (30, len(ids), 576)
     with pytest.raises(InputError, match="no tokens"):
         oracle.prompt_parts(smollm2.tokenizer, "")

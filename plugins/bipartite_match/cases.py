@@ -95,6 +95,7 @@ CASES = [
     _case("no-room", 63, [0, 0], 7),
     _case("float16", 129, [33, 20, 1], 33, dtype="float16"),
     _case("float16-7-wide", 63, [7, 3], 7, dtype="float16"),
+    *(_case(f"float16-{r}-rows", 200, [r, 257], 64, dtype="float16") for r in (300, 280, 290)),
     _case("one-wide", 65, [9, 2, 1], 1, ties),
     *(_case(f"ties-{e}-wide", 128, [100, 31, 3], e, ties) for e in (4, 16)),
     _case("ties-float16", 128, [100, 31, 3], 16, ties, dtype="float16"),

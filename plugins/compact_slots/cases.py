@@ -26,7 +26,8 @@ def _case(name: str, tokens: int, lengths: Sequence[int], owners: int = 2, share
 CASES = [
     *(_case(f"{n}-tokens", n, [n]) for n in (1, 63, 127, 128, 129)),
     _case("1000-tokens", 1000, [1000], owners=3, share=0.1),
-    _case("5000-tokens", 5000, [5000, 4097], owners=1),  # more than one block of the kernel
+    _case("5000-tokens", 5000, [5000, 4097], owners=1),
+    _case("20000-tokens", 20000, [20000, 16385], owners=1),  # more than one block of the kernel
     _case("everything", 65, [65], share=1.0),
     _case("nothing", 65, [65], share=0.0, most=9),
     _case("ragged", 130, [130, 1, 64], owners=3, most=1000),
