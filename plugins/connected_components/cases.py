@@ -123,11 +123,11 @@ CASES = [
     _case("padding-only-tail", [20, 40], 7, size=64),
     _case("full-and-empty", [129, 0], 33),
     *(_case(f"float16-{e}-wide", [65, 20, 1], e, dtype="float16") for e in (1, 7, 33)),
-    _case("float16-blocks", [300, 200], 64, dtype="float16"),
     _case("chain-of-600", [600], 601, chain(_shuffled), tau=0.4, slow=True),  # more rounds than the steps have
-    _case("float16-even-blocks", [200, 256], 64, dtype="float16"),
     _case("chain-of-200", [200], 201, chain(_shuffled), tau=0.4),
+    _case("float16-blocks", [300, 200], 64, dtype="float16"),
     _case("chain-of-200-ascending", [200], 201, chain(_ascending), tau=0.4),
+    _case("float16-even-blocks", [200, 256], 64, dtype="float16"),
     _case("chain-of-200-far-root", [200], 201, chain(_lowest_beside_highest), tau=0.4),
     _case("chain-of-63", [63], 64, chain(_shuffled), tau=0.4, dtype="float16"),
     *(_case(f"sparse-graph-{n}", [n, n], n + edges, sparse_graph, tau=0.125) for n, edges in ((50, 40), (63, 90))),
