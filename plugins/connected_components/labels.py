@@ -154,7 +154,7 @@ LABELS = Kernel(
     _example,
     # Long rows; many short ones. Larger blocks, or tiles of more words, spill registers on one GPU or another.
     (
-        {"block": 2048, "rows": 8, "words": 128, "warps": 16},
+        {"block": 2048, "rows": 4, "words": 256, "warps": 16},
         {"block": 512, "rows": 64, "words": 8, "warps": 4},
     ),
 )
