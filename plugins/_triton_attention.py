@@ -113,10 +113,8 @@ def keys_of(d: SimpleNamespace, keys: int) -> int:
     return keys if {d.D, d.Dv} <= {64, 128} else 32
 
 
-def reason_against(d: SimpleNamespace, a: SimpleNamespace, cc: int) -> str:
+def reason_against(d: SimpleNamespace, a: SimpleNamespace) -> str:
     """Why no attention kernel here applies, whatever its tactic; empty where they do."""
-    if cc < 80:
-        return f"compute capability {cc} is below 80"
     if max(d.D, d.Dv) > MAX_WIDTH:
         return f"head width {max(d.D, d.Dv)} is above {MAX_WIDTH}"
     if a.scale < 0:

@@ -65,11 +65,6 @@ def directions(axis: str) -> Kernel:
         constexprs = {"E": d.E, "BLOCK": ROWS, "BLOCK_E": min(256, max(16, 1 << (d.E - 1).bit_length()))}
         return Launch(((rows + (ROWS - 1)) // ROWS, d.B, 1), (rows,), constexprs)
 
-    def supports(
-        d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace, cc: int
-    ) -> bool | str:
-        return cc >= 80 or f"compute capability {cc} is below 80"
-
     def example(tokens: int) -> Example:
         rows, width = min(tokens, 25088), 896
         return Example(
@@ -80,4 +75,4 @@ def directions(axis: str) -> Kernel:
             attrs={},
         )
 
-    return Kernel(row_directions, ("E",), ("rows",), geometry, supports, example)
+    return Kernel(row_directions, ("E",), ("rows",), geometry, example)

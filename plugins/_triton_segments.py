@@ -140,13 +140,7 @@ def order_kernel(limit: Any) -> Kernel:
         )
 
     tactics = ({"block": 32, "warps": 8}, {"block": 32, "warps": 4})
-    return Kernel(token_order, (), ("tokens", "segments"), geometry, supports, example, tactics)
-
-
-def supports(
-    d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace, cc: int
-) -> bool | str:
-    return cc >= 80 or f"compute capability {cc} is below 80"
+    return Kernel(token_order, (), ("tokens", "segments"), geometry, example, tactics)
 
 
 def constexprs(width: int, tactic: SimpleNamespace) -> dict[str, int | float | str]:

@@ -36,9 +36,8 @@ from trtpass.passes import WHOLE_PROMPT_KEY, Pass, PassResult
 from trtpass.passes.cache import insert_cache
 from trtpass.passes.logits import LastLogits
 from trtpass.passes.lower import counted, lower
+from trtpass.plans import DTYPES, Plans, Source, write_plans
 from trtpass.plans import TARGETS as PLANS
-from trtpass.plans import WEIGHTS as WEIGHTS_OF_PLANS
-from trtpass.plans import Plans, Source, write_plans
 from trtpass.progress import Report, silent
 from trtpass.staging import staged
 from trtpass.variants import sites_of
@@ -151,8 +150,8 @@ def _check_target(request: Request) -> None:
         raise InputError(f"target '{request.target}'", f"one of {', '.join(TARGETS)}")
     if request.sm and request.target not in PLANS:
         raise InputError(f"SM={','.join(request.sm)} with target '{request.target}'", "no SM: only plans have one")
-    if request.dtype not in WEIGHTS_OF_PLANS:
-        raise InputError(f"dtype '{request.dtype}'", f"one of {', '.join(WEIGHTS_OF_PLANS)}")
+    if request.dtype not in DTYPES:
+        raise InputError(f"dtype '{request.dtype}'", f"one of {', '.join(DTYPES)}")
     if request.dtype != "float16" and request.target not in PLANS:
         raise InputError(f"dtype {request.dtype} with target '{request.target}'", "no dtype: only plans have one")
 

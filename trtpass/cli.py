@@ -55,13 +55,18 @@ def build_command(
     passes: PassList = None,
     dense: Annotated[bool, typer.Option("--dense", help="No method: the dense engine.")] = False,
     target: Annotated[str, typer.Option(help="cpu, portable, tensorrt-rtx or tensorrt.")] = "cpu",
-    sm: Annotated[str, typer.Option(help="Compute capabilities of a plan, such as 89 or 80,89. Default: all.")] = "",
+    sm: Annotated[
+        str,
+        typer.Option(
+            help="Compute capabilities of a plan, such as 89 or 80,89. Default: all; for tensorrt this GPU's, or 90."
+        ),
+    ] = "",
     out: Annotated[Path, typer.Option(help="Folder of all engines.")] = Path("engines"),
     logits: Annotated[str, typer.Option(help="last (of each row) or all tokens.")] = "last",
     kernels: Annotated[
         bool, typer.Option(help="Native kernels in a CPU engine; without, for a machine that has no library of them.")
     ] = True,
-    dtype: Annotated[str, typer.Option(help="float16 or bfloat16, of a plan.")] = "float16",
+    dtype: Annotated[str, typer.Option(help="Type of a plan's weights and cache: float16 or bfloat16.")] = "float16",
     json: Json = False,
 ) -> None:
     """Build an engine and prove it. Without MODEL: list what is known."""

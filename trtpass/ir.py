@@ -144,6 +144,17 @@ def tidy(model: ir.Model) -> None:
     common.TopologicalSortPass()(model)
 
 
+def drop_idle_inputs(model: ir.Model) -> None:
+    """Remove graph inputs that nothing reads, in place, and name them in the property ``trtpass.dropped_inputs``.
+
+    Such as ``lengths`` where all logits are asked for: a plan has no input that does nothing.
+    """
+    idle = [v for v in model.graph.inputs if not v.uses() and not v.is_graph_output()]
+    if idle:
+        model.graph.inputs[:] = [v for v in model.graph.inputs if v not in idle]
+        model.metadata_props["trtpass.dropped_inputs"] = ",".join(str(v.name) for v in idle)
+
+
 def skeleton(model: ir.Model) -> onnx.ModelProto:
     """The model as a proto whose initializers above ``SMALL`` bytes are typed inputs: small, and no weight is read.
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 Tactic = Mapping[str, int]
+LEAST_CC = 80  # compute capability that every kernel asks for: Ampere, the first with asynchronous copies and bfloat16
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,13 @@ class Example:
     note: str = ""
 
 
+def always(
+    dims: SimpleNamespace, attrs: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace, cc: int
+) -> bool | str:
+    """The ``supports`` of a kernel that takes every call."""
+    return True
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A Triton kernel of an operator: one launch that writes every element of every output.
@@ -72,19 +80,19 @@ class Kernel:
         fixed: names of the dimensions that the kernel is compiled for, such as head widths.
         extras: names of the int32 scalars.
         geometry: ``(dims, attrs, dtypes, tactic) -> Launch``.
-        supports: ``(dims, attrs, dtypes, tactic, cc) -> True`` or the reason in words why this kernel, with this
-            tactic, does not apply, from fixed dimensions only; ``cc`` is a compute capability such as 89.
         example: ``tokens -> Example``, a call in a model with that context.
         tactics: ways to run it (block sizes, warps), the one that suits most first. TensorRT times them all.
+        supports: ``(dims, attrs, dtypes, tactic, cc) -> True`` or the reason in words why this kernel, with this
+            tactic, does not apply, from fixed dimensions only; ``cc`` is a compute capability, ``LEAST_CC`` or newer.
     """
 
     function: Any
     fixed: tuple[str, ...]
     extras: tuple[str, ...]
     geometry: Callable[[SimpleNamespace, SimpleNamespace, SimpleNamespace, SimpleNamespace], Launch]
-    supports: Callable[[SimpleNamespace, SimpleNamespace, SimpleNamespace, SimpleNamespace, int], bool | str]
     example: Callable[[int], Example]
     tactics: tuple[Tactic, ...] = ({},)
+    supports: Callable[[SimpleNamespace, SimpleNamespace, SimpleNamespace, SimpleNamespace, int], bool | str] = always
 
     @property
     def name(self) -> str:

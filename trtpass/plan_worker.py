@@ -1,6 +1,6 @@
 """The process that builds one plan: ``python -m trtpass.plan_worker LIBRARY``, started by ``trtpass.plan_process``.
 
-LIBRARY is ``tensorrt_rtx``, or ``tensorrt``, which alone has plugins and a timing cache.
+LIBRARY is ``tensorrt_rtx``, or ``tensorrt``, which alone has plugins; TensorRT-RTX ignores timing caches.
 
 TensorRT can end its process (an assertion in its compiler), so it gets one of its own; that also makes its peak memory
 measurable. The request comes as one JSON line on stdin, the plan goes to an open file descriptor, progress and the

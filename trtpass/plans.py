@@ -18,6 +18,7 @@ from trtpass.progress import Report
 
 TARGETS = ("tensorrt-rtx", "tensorrt")
 WEIGHTS = {"float16": "weights.fp16.bin", "bfloat16": "weights.bf16.bin"}
+DTYPES = tuple(WEIGHTS)
 BATCH = (1, 1, 4)  # min, opt, max rows of a plan's profile
 CHUNK = 512  # most tokens of one call of a decode plan
 SM = "SM90"  # of a TensorRT graph that is written on a machine without a GPU, where none was asked for

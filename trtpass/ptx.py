@@ -18,7 +18,7 @@ from typing import Any
 import onnx_ir as ir
 
 from trtpass.errors import InputError
-from trtpass.kernel import Kernel
+from trtpass.kernel import LEAST_CC, Kernel
 from trtpass.launch import arguments, dtypes_of
 from trtpass.op import Op
 
@@ -89,6 +89,8 @@ def supports(
     op: Op, kernel: Kernel, dims: Mapping[str, Any], attrs: Mapping[str, Any], floating: str, cc: int, tactic: int = 0
 ) -> bool | str:
     """``True``, or why ``kernel`` does not apply, in words; ``dims`` has the fixed dimensions at least."""
+    if cc < LEAST_CC:
+        return f"compute capability {cc} is below {LEAST_CC}"
     if missing := [name for name in kernel.fixed if not isinstance(dims.get(name), int)]:
         return f"the size of {', '.join(missing)} is not known"
     return kernel.supports(*arguments(op, dims, attrs, floating, kernel.tactics[tactic]), cc)

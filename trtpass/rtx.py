@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from trtpass.doctor import gpus
 from trtpass.errors import InputError
-from trtpass.ir import check, tidy
+from trtpass.ir import check, drop_idle_inputs, tidy
 from trtpass.op import DOMAIN
 from trtpass.passes.explicit_masks import NONPAD, explicit_masks
 from trtpass.passes.fresh_cache import concat_fresh_cache
@@ -73,10 +73,7 @@ def lower(model: ir.Model, compute_capabilities: Sequence[str] = SMS, dtype: str
     if _has_turing(compute_capabilities):
         products_as_sums(copy)
     tidy(copy)
-    idle = [v for v in copy.graph.inputs if not v.uses() and not v.is_graph_output()]
-    if idle:  # such as `lengths` where all logits are asked for: a plan has no input that does nothing
-        copy.graph.inputs[:] = [v for v in copy.graph.inputs if v not in idle]
-        copy.metadata_props["trtpass.dropped_inputs"] = ",".join(str(v.name) for v in idle)
+    drop_idle_inputs(copy)
     copy.metadata_props["trtpass.target"] = "tensorrt-rtx"
     check(copy, "the graph lowered to 'tensorrt-rtx'")
     return copy

@@ -88,8 +88,6 @@ def _geometry(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, t
 def _supports(
     d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace, cc: int
 ) -> bool | str:
-    if cc < 80:
-        return f"compute capability {cc} is below 80"
     if dtypes.a == "float32" and tactic.warps > 4:
         return "float32 has blocks of its own"
     if tactic.block_r > 128 and cc != 90:

@@ -130,7 +130,7 @@ def _geometry(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, t
 def _supports(
     d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace, cc: int
 ) -> bool | str:
-    if reason := reason_against(d, a, cc):
+    if reason := reason_against(d, a):
         return reason
     if not LEAST <= a.block <= MOST or a.block & (a.block - 1):
         return f"blocks of {a.block} tokens are not a power of two from {LEAST} to {MOST}"

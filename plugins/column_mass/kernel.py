@@ -70,8 +70,6 @@ def _mass(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tacti
 def _supports(
     d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace, cc: int
 ) -> bool | str:
-    if cc < 80:
-        return f"compute capability {cc} is below 80"
     if d.D > MAX_WIDTH:
         return f"head width {d.D} is above {MAX_WIDTH}"
     return True

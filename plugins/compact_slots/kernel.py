@@ -45,12 +45,6 @@ def _geometry(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, t
     return Launch((d.Hkv, d.B, 1), (d.S,), {"BLOCK": tactic.block}, tactic.warps)
 
 
-def _supports(
-    d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace, cc: int
-) -> bool | str:
-    return True if cc >= 80 else f"compute capability {cc} is below 80"
-
-
 def _example(tokens: int) -> Example:
     owners = 8
     return Example(
@@ -68,7 +62,6 @@ KERNEL = Kernel(
     fixed=(),
     extras=("tokens",),
     geometry=_geometry,
-    supports=_supports,
     example=_example,
     tactics=({"block": 4096, "warps": 16}, {"block": 1024, "warps": 4}),
 )

@@ -95,8 +95,6 @@ def _geometry(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, t
 def _supports(
     d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace, cc: int
 ) -> bool | str:
-    if cc < 80:
-        return f"compute capability {cc} is below 80"
     if dtypes.x == "float32" and tactic.warps < 8:
         return "float32 has blocks of its own"
     return a.tau == a.tau or "tau is NaN"

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from plugins._triton_graph import follow, roots_around
-from plugins.connected_components.trees import graph_example, supports
+from plugins.connected_components.trees import graph_example
 from trtpass.kernel import Example, Kernel, Launch
 
 
@@ -150,7 +150,6 @@ LABELS = Kernel(
     (),
     ("tokens",),
     _geometry,
-    supports,
     _example,
     # Long rows; many short ones. Larger blocks, or tiles of more words, spill registers on one GPU or another.
     (

@@ -90,12 +90,6 @@ def join_trees(  # type: ignore[no-untyped-def]
     follow(joined, tokens, BLOCK)
 
 
-def supports(
-    d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace, cc: int
-) -> bool | str:
-    return cc >= 80 or f"compute capability {cc} is below 80"
-
-
 def _by_rows(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace) -> Launch:
     grid = ((d.S + (tactic.rows - 1)) // tactic.rows, d.B, 1)
     return Launch(grid, (d.S,), {"ROWS": tactic.rows, "WORDS": tactic.words}, stages=1)
@@ -133,6 +127,6 @@ def _join_example(tokens: int) -> Example:
 
 TILES = ({"rows": 8, "words": 64}, {"rows": 32, "words": 16})  # four words a thread; of long rows, and of short ones
 BLOCKS = ({"block": 4096, "warps": 16}, {"block": 512, "warps": 4})  # for long rows; for many short ones
-NEIGHBOURS = Kernel(neighbours, (), ("tokens",), _by_rows, supports, _neighbours_example, TILES)
-LOWEST = Kernel(lowest_roots, (), ("tokens",), _by_rows, supports, _lowest_example, TILES)
-JOIN = Kernel(join_trees, (), ("tokens",), _by_batch, supports, _join_example, BLOCKS)
+NEIGHBOURS = Kernel(neighbours, (), ("tokens",), _by_rows, _neighbours_example, TILES)
+LOWEST = Kernel(lowest_roots, (), ("tokens",), _by_rows, _lowest_example, TILES)
+JOIN = Kernel(join_trees, (), ("tokens",), _by_batch, _join_example, BLOCKS)

@@ -146,12 +146,6 @@ def _budget(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tac
     return Launch((d.B, 1, 1), (d.S,), constexprs, tactic.warps)
 
 
-def _supports(
-    d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace, cc: int
-) -> bool | str:
-    return True if cc >= 80 else f"compute capability {cc} is below 80"
-
-
 def _share_example(tokens: int) -> Example:
     heads = 32
     return Example(
@@ -179,7 +173,6 @@ SHARE = Kernel(
     fixed=(),
     extras=("heads", "tokens"),
     geometry=_share,
-    supports=_supports,
     example=_share_example,
 )
 BUDGET = Kernel(
@@ -187,7 +180,6 @@ BUDGET = Kernel(
     fixed=(),
     extras=("tokens",),
     geometry=_budget,
-    supports=_supports,
     example=_budget_example,
     tactics=({"block": 8192, "warps": 32}, {"block": 2048, "warps": 8}),
 )

@@ -146,7 +146,7 @@ def _partial_geometry(
 def _partial_supports(
     d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace, cc: int
 ) -> bool | str:
-    if reason := reason_against(d, a, cc):
+    if reason := reason_against(d, a):
         return reason
     if tactic != SimpleNamespace(**PARTIAL_TACTICS[0]):
         if reason := reason_for_first_tactic(d, dtypes.q):
@@ -182,8 +182,6 @@ def _reduce_geometry(
 def _reduce_supports(
     d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace, cc: int
 ) -> bool | str:
-    if cc < 80:
-        return f"compute capability {cc} is below 80"
     return True if d.Dv <= 256 else f"width {d.Dv} is above 256"
 
 

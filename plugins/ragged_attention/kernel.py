@@ -158,7 +158,7 @@ def _supports(
 ) -> bool | str:
     if isinstance(getattr(d, "S", None), int) and d.S == 1:
         return "one query: too few programs, use the steps"
-    if reason := reason_against(d, a, cc):
+    if reason := reason_against(d, a):
         return reason
     if tactic != SimpleNamespace(**TACTICS[0]) and (reason := reason_for_first_tactic(d, dtypes.q)):
         return reason

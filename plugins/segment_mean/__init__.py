@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from trtpass.errors import InputError
@@ -12,12 +13,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def capacity(d: SimpleNamespace, a: SimpleNamespace) -> Any:
+    """C, the segments that there is room for."""
+    return (d.S * a.max_segments_permille + 999) // 1000
+
+
 @op(
     name="SegmentMean",
     source="LLaVA-Scissor, arXiv 2506.21862, section 3 (the representative of a component is the mean of its members)",
     shape=lambda d, a: {
-        "mean": (d.B, (d.S * a.max_segments_permille + 999) // 1000, d.E),
-        "size": (d.B, (d.S * a.max_segments_permille + 999) // 1000),
+        "mean": (d.B, capacity(d, a), d.E),
+        "size": (d.B, capacity(d, a)),
     },
     tolerance=Tolerance(
         atol={"float32": 1e-5, "float16": 1e-5},

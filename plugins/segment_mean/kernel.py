@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import triton
 import triton.language as tl
 
-from plugins._triton_segments import TACTICS, constexprs, members_of, order_kernel, sums_of_members, supports
+from plugins._triton_segments import TACTICS, constexprs, members_of, order_kernel, sums_of_members
+from plugins.segment_mean import capacity
 from trtpass.kernel import Example, Kernel, Launch
 
 
@@ -43,12 +44,8 @@ def segment_means(  # type: ignore[no-untyped-def]
         tl.store(size + out, end - begin, mask=real)
 
 
-def _capacity(d: SimpleNamespace, a: SimpleNamespace) -> int:
-    return (d.S * a.max_segments_permille + 999) // 1000
-
-
 def _geometry(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace) -> Launch:
-    known, segments = constexprs(d.E, tactic), _capacity(d, a)
+    known, segments = constexprs(d.E, tactic), capacity(d, a)
     grid = ((segments + (tactic.group - 1)) // tactic.group, -(-d.E // known["BLOCK_E"]), d.B)
     return Launch(grid, (d.S, segments), known, stages=1)
 
@@ -65,13 +62,12 @@ def _example(tokens: int) -> Example:
     )
 
 
-ORDER = order_kernel(_capacity)
+ORDER = order_kernel(capacity)
 MEANS = Kernel(
     function=segment_means,
     fixed=("E",),
     extras=("tokens", "segments"),
     geometry=_geometry,
-    supports=supports,
     example=_example,
     tactics=TACTICS,
 )

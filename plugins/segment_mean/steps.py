@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
+from plugins.segment_mean import OP, capacity
 from trtpass.kernel import Kernel
 from trtpass.op import FLOATS, INT32, Port, Tolerance, op
 
@@ -46,8 +47,8 @@ def segment_order(
     name="SegmentMeans",
     source=SOURCE,
     shape=lambda d, a: {
-        "mean": (d.B, (d.S * a.max_segments_permille + 999) // 1000, d.E),
-        "size": (d.B, (d.S * a.max_segments_permille + 999) // 1000),
+        "mean": (d.B, capacity(d, a), d.E),
+        "size": (d.B, capacity(d, a)),
     },
     tolerance=Tolerance(
         atol={"float32": 1e-5, "float16": 1e-5},
@@ -77,8 +78,6 @@ def segment_means(
         mean `[B, C, E]` and size int32 `[B, C]`, as SegmentMean.
     """
     import torch
-
-    from plugins.segment_mean import OP
 
     label = torch.empty_like(ordered).scatter_(1, order.long(), ordered)
     return OP(x, label, max_segments_permille=max_segments_permille)

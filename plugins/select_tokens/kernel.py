@@ -114,12 +114,6 @@ def _geometry(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, t
     return Launch((d.N, d.B, 1), (d.S, slots), {"WINDOW": a.window, "BLOCK": tactic.block}, tactic.warps)
 
 
-def _supports(
-    d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace, cc: int
-) -> bool | str:
-    return True if cc >= 80 else f"compute capability {cc} is below 80"
-
-
 def _example(tokens: int) -> Example:
     sets = 32
     return Example(
@@ -137,7 +131,6 @@ KERNEL = Kernel(
     fixed=(),
     extras=("tokens", "slots"),
     geometry=_geometry,
-    supports=_supports,
     example=_example,
     tactics=({"block": 8192, "warps": 32}, {"block": 2048, "warps": 8}),
 )

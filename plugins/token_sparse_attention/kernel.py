@@ -130,7 +130,7 @@ def _geometry(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, t
 def _supports(
     d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace, cc: int
 ) -> bool | str:
-    if reason := reason_against(d, a, cc):
+    if reason := reason_against(d, a):
         return reason
     if tactic != SimpleNamespace(**TACTICS[0]) and (reason := reason_for_first_tactic(d, dtypes.q)):
         return reason

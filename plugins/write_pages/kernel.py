@@ -56,8 +56,6 @@ def _geometry(d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, t
 def _supports(
     d: SimpleNamespace, a: SimpleNamespace, dtypes: SimpleNamespace, tactic: SimpleNamespace, cc: int
 ) -> bool | str:
-    if cc < 80:
-        return f"compute capability {cc} is below 80"
     if d.D > MAX_WIDTH:
         return f"rows of {d.D} elements are wider than {MAX_WIDTH}"
     return True

@@ -1,7 +1,7 @@
 """Plans of the full TensorRT, with our kernels embedded: what a build needs, and the build.
 
 A build needs TensorRT, Triton and a GPU of the compute capability that the graph was lowered for; ``missing`` says what
-of that is not there. Everything up to the build (``trtpass.trt.lower``, ``checked``) runs without them.
+of that is not there. Everything up to the build (``trtpass.trt.lower``, ``kernels_of``) runs without them.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from trtpass.trt.lower import CC_KEY, DTYPE_KEY, faults, plugin_nodes
 from trtpass.trt.plugins import decode, encode, usable, ways
 
 LIBRARY = "tensorrt"
-INSTEAD = "use TARGET=tensorrt-rtx (a plan from bodies, built without a GPU) or TARGET=cpu"
+INSTEAD = "use TARGET=tensorrt-rtx (a plan without our kernels, built without a GPU) or TARGET=cpu"
 OLDEST = (10, 15)  # 10.14 cannot build quick-deployable plugins ahead of time
 
 
 def installed() -> str | None:
     """The version of TensorRT, or None; it is not imported."""
+    if importlib.util.find_spec("tensorrt") is None:
+        return None
     for package in ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"):
-        if importlib.util.find_spec("tensorrt") is None:
-            return None
         try:
             return importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

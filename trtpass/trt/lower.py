@@ -16,7 +16,7 @@ from onnx_ir.passes import common
 
 from plugins import all_ops, kernel_ops
 from trtpass.errors import InputError
-from trtpass.ir import check, dims, make_node, tidy
+from trtpass.ir import check, dims, drop_idle_inputs, make_node, tidy
 from trtpass.op import DOMAIN, VERSION, Op, Port, Step
 from trtpass.passes.explicit_masks import explicit_masks
 from trtpass.passes.lower import TARGET_KEY, Decision, Lowered, inline_bodies
@@ -61,10 +61,7 @@ def lower(model: ir.Model, cc: int, dtype: str = "float16") -> Lowered:
     for identifier in [key for key in copy.functions if key[0] == DOMAIN]:
         del copy.functions[identifier]
     tidy(copy)
-    idle = [v for v in copy.graph.inputs if not v.uses() and not v.is_graph_output()]
-    if idle:  # a plan has no input that does nothing
-        copy.graph.inputs[:] = [v for v in copy.graph.inputs if v not in idle]
-        copy.metadata_props["trtpass.dropped_inputs"] = ",".join(str(v.name) for v in idle)
+    drop_idle_inputs(copy)
     if any(node.domain == DOMAIN for node in copy.graph.all_nodes()):
         copy.graph.opset_imports[DOMAIN] = VERSION
     copy.metadata_props.update({TARGET_KEY: TARGET, CC_KEY: str(cc), DTYPE_KEY: dtype})
