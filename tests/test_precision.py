@@ -234,3 +234,13 @@ def test_the_pass_reports_and_a_second_run_changes_nothing() -> None:
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     assert not Fp16()(model).modified
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+def test_bfloat16_keeps_the_range_of_float32() -> None:
+    """Mask fillers stay finite, infinities and NaN stay what they are, and nothing is refused."""
+    largest = np.finfo(np.float32).max
+    given = np.array([largest, -largest, 1e30, 1e-30, np.inf, -np.inf, np.nan, 1.0], np.float32)
+    made = half_array(given, "w", ir.DataType.BFLOAT16).astype(np.float32)
+    assert np.isfinite(made[:4]).all() and (np.abs(made[:2]) > 3.3e38).all()
+    np.testing.assert_allclose(made[[2, 3, 7]], given[[2, 3, 7]], rtol=2**-8)
+    assert made[4] == np.inf and made[5] == -np.inf and np.isnan(made[6])

@@ -204,7 +204,7 @@ def test_a_plan_of_several_profiles_with_a_timing_cache(dtype: str, tmp_path: Pa
     plan = builder.build_plan(path, tmp_path / "a.plan", profiles=profiles, cache=tmp_path / "cache")
     assert plan.bytes == (tmp_path / "a.plan").stat().st_size > 0
     assert plan.inputs["past.0.key"] == {"float16": "HALF", "bfloat16": "BF16"}[dtype]
-    assert plan.compute_capabilities == ("SM90",)
+    assert plan.compute_capabilities == ("SM90",) and plan.profiles == 2
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [builder.timing_cache(tmp_path, 90).name]
 
 

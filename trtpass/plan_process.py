@@ -30,8 +30,9 @@ class PlanReport:
     ``peak_memory`` is of the build, ``activation_memory`` what a run takes on the GPU at the profile's maximum, beside
     weights and cache, as the builder says it.
 
-    ``layers`` counts the parsed network's layers, before fusion; ``decomposed`` says that attentions without a fused
-    kernel (float32, or a head width such as 8) were allowed to become matrix products and softmax.
+    ``layers`` counts the parsed network's layers, before fusion, ``profiles`` the ranges of shapes; ``decomposed`` says
+    that attentions without a fused kernel (float32, or a head width such as 8) were allowed to become matrix products
+    and softmax.
     """
 
     path: str
@@ -40,6 +41,7 @@ class PlanReport:
     compute_capabilities: tuple[str, ...]
     layers: int
     attentions: int
+    profiles: int
     decomposed: bool
     inputs: dict[str, str]
     seconds: float

@@ -226,6 +226,7 @@ def build(request: dict[str, Any], channel: TextIO) -> dict[str, Any]:
         "sha256": writer.digest.hexdigest(),
         "layers": layers,
         "attentions": attentions,
+        "profiles": config.num_optimization_profiles,
         "inputs": types,
         "seconds": time.monotonic() - started,
         "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
