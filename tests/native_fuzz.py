@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import fuzz_attention
 import fuzz_merging
+import fuzz_pages
 import fuzz_selection
 import numpy as np
 from fuzz_values import Request, Rng
@@ -26,6 +27,8 @@ GENERATORS: dict[str, tuple[Valid, Invalid]] = {
     "ColumnMass": (fuzz_selection.column_mass, fuzz_selection.wrong_column_mass),
     "CoverageBudget": (fuzz_selection.budget, fuzz_selection.wrong_budget),
     "SelectTokens": (fuzz_selection.select, fuzz_selection.wrong_select),
+    "CompactSlots": (fuzz_pages.compact, fuzz_pages.wrong_compact),
+    "WritePages": (fuzz_pages.write, fuzz_pages.wrong_write),
     "ConnectedComponents": (fuzz_merging.components, fuzz_merging.wrong_components),
     "BipartiteMatch": (fuzz_merging.match, fuzz_merging.wrong_match),
     "SegmentMean": (fuzz_merging.mean, fuzz_merging.wrong_mean),

@@ -59,11 +59,17 @@ OP = write_pages
 
 
 @OP.body("dynamic")
-@OP.body("static")
-def _body() -> Any:
-    from plugins.write_pages.body import WritePages
+def _dynamic() -> Any:
+    from plugins.write_pages.body import write_in_place
 
-    return WritePages
+    return write_in_place
+
+
+@OP.body("static")
+def _static() -> Any:
+    from plugins.write_pages.body import write_all
+
+    return write_all
 
 
 @OP.cases

@@ -1,20 +1,29 @@
-"""WritePages in standard operators: rows of the pool, one more for what goes nowhere, and a scatter of whole rows."""
+"""WritePages in standard operators: a scatter of whole rows, by page and row within it.
+
+``dynamic`` scatters the rows that go somewhere, straight into the pool: ONNX Runtime's ScatterND copies nothing where
+its input and output are bound to the same memory, so a decode step touches one row of each owner.
+
+``static`` cannot leave rows out: the pool gets one more row behind it, which takes what goes nowhere.
+"""
 
 from __future__ import annotations
 
-from onnxscript import script
+from typing import Any
 
-from plugins._body import TRTPASS, Floats, Int32, op
+from onnxscript import BOOL, script
+
+from plugins._body import TRTPASS, Floats, Int32, Int64, op
+
+Bool: Any = BOOL[...]
 
 
 @script(TRTPASS, default_opset=op)
-def WritePages(pages: Floats, new: Floats, slot: Int32, page_table: Int32) -> Floats:
+def places(pages: Floats, slot: Int32, page_table: Int32) -> tuple[Int64, Int64, Bool]:
+    """Page and row within it of each token, and whether it goes there, all `[B Hkv, S]`; the row is in [0, Z)."""
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     minus = op.Constant(value_ints=[-1])
     page_size = op.Shape(pages, start=1, end=2)  # [1]: Z
-    width = op.Shape(pages, start=2, end=3)  # [1]: D
-    rows = op.Shape(pages, start=0, end=1) * page_size  # [1]: P Z
     entries = op.Shape(page_table, start=2, end=3)  # [1]: M
     owners = op.ReduceProd(op.Shape(page_table, start=0, end=2))  # [1]: B Hkv
 
@@ -27,9 +36,32 @@ def WritePages(pages: Floats, new: Floats, slot: Int32, page_table: Int32) -> Fl
     owner = op.Unsqueeze(op.Range(op.Squeeze(zero), op.Squeeze(owners), op.Squeeze(one)), one)  # [B Hkv, 1]
     entry = op.Where(inside, safe / page_size, entries)
     page = op.Cast(op.Gather(table, owner * (entries + one) + entry), to=7)  # [B Hkv, S]
-    at = page * page_size + op.Mod(safe, page_size)
-    goes = op.And(page >= zero, at < rows)
-    target = op.Where(goes, at, rows)  # the row behind the pool takes the rest
+    goes = op.And(page >= zero, page < op.Shape(pages, start=0, end=1))
+    return page, op.Mod(safe, page_size), goes
+
+
+@script(TRTPASS, default_opset=op)
+def write_in_place(pages: Floats, new: Floats, slot: Int32, page_table: Int32) -> Floats:
+    last = op.Constant(value_ints=[1])
+    page, row, goes = places(pages, slot, page_table)
+    flat = op.Constant(value_ints=[-1])
+    token = op.Squeeze(op.NonZero(op.Reshape(goes, flat)), op.Constant(value_ints=[0]))  # [N] of those that go
+    to_page = op.Unsqueeze(op.Gather(op.Reshape(page, flat), token), last)
+    to_row = op.Unsqueeze(op.Gather(op.Reshape(row, flat), token), last)
+    rows = op.Reshape(new, op.Concat(flat, op.Shape(pages, start=2, end=3), axis=0))  # [B Hkv S, D]
+    return op.ScatterND(pages, op.Concat(to_page, to_row, axis=1), op.Gather(rows, token))
+
+
+@script(TRTPASS, default_opset=op)
+def write_all(pages: Floats, new: Floats, slot: Int32, page_table: Int32) -> Floats:
+    zero = op.Constant(value_ints=[0])
+    one = op.Constant(value_ints=[1])
+    minus = op.Constant(value_ints=[-1])
+    page_size = op.Shape(pages, start=1, end=2)  # [1]: Z
+    width = op.Shape(pages, start=2, end=3)  # [1]: D
+    rows = op.Shape(pages, start=0, end=1) * page_size  # [1]: P Z
+    page, row, goes = places(pages, slot, page_table)
+    target = op.Where(goes, page * page_size + row, rows)  # the row behind the pool takes the rest
 
     flat = op.Reshape(pages, op.Concat(rows, width, axis=0), allowzero=1)
     bin_ = op.Expand(op.CastLike(0.0, pages), op.Concat(one, width, axis=0))
