@@ -48,16 +48,15 @@ class Engine:
         decode = self._session(DECODE)
         inputs = {item.name: item for item in decode.get_inputs()}
         self.cache_inputs = tuple(name for name in inputs if name.startswith("past."))
-        expected = {"input_ids", "lengths", "past_lengths"}
-        if not self.cache_inputs or not expected <= inputs.keys():
+        if not self.cache_inputs or not self.inputs <= inputs.keys():
             raise InputError(
                 f"the decode graph has inputs {', '.join(inputs)}",
-                "input_ids, lengths, past_lengths and past.{i}.key, past.{i}.value",
+                f"{', '.join(sorted(self.inputs))} and past.{{i}}.key, past.{{i}}.value",
                 "insert a cache with the cache pass",
             )
-        self._cache_shapes = {n: (inputs[n].shape[1], inputs[n].shape[3]) for n in self.cache_inputs}
         self._cache_dtype = dtype_of(inputs[self.cache_inputs[0]].type)
-        slots = inputs[self.cache_inputs[0]].shape[2]
+        self._logits_dtype = dtype_of(decode.get_outputs()[0].type)
+        slots = self._read_cache(inputs)
         stated = decode.get_modelmeta().custom_metadata_map.get("trtpass.context", "")
         limits = [x for x in (context, int(stated) if stated.isdecimal() else None, slots) if isinstance(x, int)]
         self.fixed_capacity: int | None = slots if isinstance(slots, int) else None
@@ -66,6 +65,14 @@ class Engine:
         if not isinstance(vocab, int):
             raise InputError(f"the decode graph's logits have {vocab} entries", "a fixed vocabulary")
         self.vocab = vocab
+
+    inputs = frozenset({"input_ids", "lengths", "past_lengths"})  # of the decode graph, beside the cache's own
+
+    def _read_cache(self, inputs: Mapping[str, Any]) -> int | None:
+        """Heads and widths of the cache; slots of a row where the graph fixes them."""
+        self._cache_shapes = {n: (inputs[n].shape[1], inputs[n].shape[3]) for n in self.cache_inputs}
+        slots = inputs[self.cache_inputs[0]].shape[2]
+        return slots if isinstance(slots, int) else None
 
     @classmethod
     def open(
@@ -92,7 +99,10 @@ class Engine:
         missing = [phase for phase in (PREFILL, DECODE) if phase not in source]
         if missing:
             raise InputError(f"an engine without {' and '.join(missing)}", "a prefill and a decode graph")
-        return cls(source, provider, threads, context)
+        from trtpass.paged import PagedEngine, is_paged
+
+        kind = PagedEngine if is_paged(properties(source[DECODE])) else Engine
+        return kind(source, provider, threads, context)
 
     @cached_property
     def whole_prompt(self) -> str:
@@ -120,15 +130,11 @@ class Engine:
         cache = self._new_cache(len(rows), slots)
         state = State(cache, lengths, np.empty((len(rows), self.vocab), np.float32), slots)
         if chunk is None:
-            outputs = self._run(PREFILL, _padded(rows, lengths), {"lengths": lengths}, state)
-            state.logits = _last(outputs["logits"], lengths)
+            outputs = self._run(PREFILL, padded(rows, lengths), {"lengths": lengths}, state)
+            state.logits = last(outputs["logits"], lengths)
             return state
-        for row, ids in enumerate(rows):
-            for start in range(0, len(ids), chunk):
-                piece = np.asarray([ids[start : start + chunk]], np.int64)
-                feeds = {"lengths": np.array([piece.shape[1]], np.int32), "past_lengths": np.array([start], np.int32)}
-                outputs = self._run(DECODE, piece, feeds, state, row)
-                state.logits[row] = _last(outputs["logits"], feeds["lengths"])[0]
+        state.lengths = np.zeros_like(lengths)
+        self.append(state, rows, chunk)
         return state
 
     def decode(self, state: State, tokens: Sequence[int], active: Sequence[bool] | None = None) -> np.ndarray:
@@ -142,18 +148,8 @@ class Engine:
         Raises:
             InputError: a row of tokens of the wrong size, an id outside the vocabulary, or no slot left.
         """
+        ids, moving = self._check_step(state, tokens, active)
         batch = len(state.lengths)
-        moving = np.ones(batch, bool) if active is None else np.asarray(active, bool)
-        if len(tokens) != batch or moving.shape != (batch,):
-            raise InputError(f"{len(tokens)} tokens for {batch} rows", "one token a row")
-        ids = np.where(moving, np.asarray(tokens, np.int64), 0)
-        self._check_ids(ids)
-        full = moving & (state.lengths >= state.capacity)
-        if full.any():
-            raise InputError(
-                f"row {int(full.argmax())} has {state.capacity} tokens and no slot left", "lengths below the capacity",
-                "allocate a larger capacity in prefill, within the context limit",
-            )  # fmt: skip
         feeds = {
             "lengths": np.ones(batch, np.int32),
             "past_lengths": np.minimum(state.lengths, state.capacity - 1).astype(np.int32),
@@ -161,6 +157,28 @@ class Engine:
         outputs = self._run(DECODE, ids[:, None], feeds, state)
         state.lengths = state.lengths + moving.astype(np.int32)
         state.logits = outputs["logits"][:, -1].astype(np.float32)
+        return state.logits
+
+    def append(self, state: State, rows: Sequence[Sequence[int]], chunk: int | None = None) -> np.ndarray:
+        """Append several tokens to each row, such as a later turn; returns the logits ``[B, V]`` after each row's last.
+
+        Args:
+            state: changed in place.
+            rows: token ids of each row; a row without any is left as it is, its logits too.
+            chunk: read in pieces of at most this many tokens; None reads a row at once.
+
+        Raises:
+            InputError: an id outside the vocabulary, or more tokens than the capacity.
+        """
+        counts = self._check_turn(state, rows)
+        for row, ids in enumerate(rows):
+            for start in range(0, len(ids), chunk or max(1, len(ids))):
+                piece = np.asarray([ids[start : start + (chunk or len(ids))]], np.int64)
+                past = np.array([state.lengths[row] + start], np.int32)
+                feeds = {"lengths": np.array([piece.shape[1]], np.int32), "past_lengths": past}
+                outputs = self._run(DECODE, piece, feeds, state, row)
+                state.logits[row] = last(outputs["logits"], feeds["lengths"])[0]
+        state.lengths = state.lengths + counts
         return state.logits
 
     def generate(
@@ -216,7 +234,7 @@ class Engine:
         """
         lengths = self._check_rows(rows)
         state = State(self._new_cache(len(rows), self._capacity(int(lengths.max()), None)), lengths, np.empty(0), 0)
-        return self._run(PREFILL, _padded(rows, lengths), {"lengths": lengths}, state, None, tuple(names))
+        return self._run(PREFILL, padded(rows, lengths), {"lengths": lengths}, state, None, tuple(names))
 
     def _session(self, phase: str, names: tuple[str, ...] = ()) -> Any:
         key = f"{phase}:{','.join(names)}"
@@ -288,6 +306,44 @@ class Engine:
             self._check_ids(np.asarray(row_ids, np.int64))
         return lengths
 
+    def _check_step(
+        self, state: State, tokens: Sequence[int], active: Sequence[bool] | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids ``[B]``, 0 for rows that have ended, and which rows go on ``[B]``, with room for one more token each."""
+        batch = len(state.lengths)
+        moving = np.ones(batch, bool) if active is None else np.asarray(active, bool)
+        if len(tokens) != batch or moving.shape != (batch,):
+            raise InputError(f"{len(tokens)} tokens for {batch} rows", "one token a row")
+        ids = np.where(moving, np.asarray(tokens, np.int64), 0)
+        self._check_ids(ids)
+        self._check_room(state, moving.astype(np.int32))
+        return ids, moving
+
+    def _check_turn(self, state: State, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """Tokens of each row ``[B]``, all in the vocabulary, with room for them."""
+        if len(rows) != len(state.lengths):
+            raise InputError(f"{len(rows)} rows of tokens for {len(state.lengths)} rows", "one list of tokens a row")
+        for row in rows:
+            self._check_ids(np.asarray(row, np.int64))
+        counts = np.array([len(row) for row in rows], np.int32)
+        self._check_room(state, counts)
+        return counts
+
+    @staticmethod
+    def _check_room(state: State, counts: np.ndarray) -> None:
+        full = (counts > 0) & (state.lengths + counts > state.capacity)
+        if full.any():
+            row = int(full.argmax())
+            more = (
+                "no slot left"
+                if counts[row] == 1
+                else f"{state.capacity - state.lengths[row]} slots left for {counts[row]}"
+            )
+            raise InputError(
+                f"row {row} has {state.lengths[row]} tokens and {more}", "lengths below the capacity",
+                "allocate a larger capacity in prefill, within the context limit",
+            )  # fmt: skip
+
     def _check_ids(self, ids: np.ndarray) -> None:
         bad = ids[(ids < 0) | (ids >= self.vocab)]
         if bad.size:
@@ -304,7 +360,7 @@ class Engine:
             )
 
 
-def _padded(rows: Sequence[Sequence[int]], lengths: np.ndarray) -> np.ndarray:
+def padded(rows: Sequence[Sequence[int]], lengths: np.ndarray) -> np.ndarray:
     """Rows as int64 ``[B, S]``, padded with 0 to the right."""
     ids = np.zeros((len(rows), int(lengths.max())), np.int64)
     for row, tokens in zip(ids, rows, strict=True):
@@ -312,7 +368,7 @@ def _padded(rows: Sequence[Sequence[int]], lengths: np.ndarray) -> np.ndarray:
     return ids
 
 
-def _last(logits: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def last(logits: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Logits of the last valid token ``[B, V]`` from ``[B, 1, V]`` or ``[B, T, V]``."""
     if logits.shape[1] == 1:
         return logits[:, 0].astype(np.float32)

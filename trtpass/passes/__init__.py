@@ -37,13 +37,15 @@ class Site:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass did. ``modified``: whether the graph changed; ``near_misses``: where it did not apply, and why."""
+    """What a pass did. ``modified``: whether the graph changed; ``near_misses``: where it did not apply, and why;
+    ``warnings``: options that are legal and probably not meant."""
 
     name: str
     modified: bool
     sites: tuple[Site, ...] = ()
     near_misses: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 class Pass(abc.ABC):

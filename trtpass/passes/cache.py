@@ -84,14 +84,14 @@ class InsertCache(Pass):
             if is_op(site.node, "Attention") and id(site.node) not in known:
                 raise AnchorError(f"an attention cannot be cached: {'; '.join(anchors.missing)}")
         if self.options.phase == "decode":
-            _require_positions(model.graph, anchors, sites)
+            require_positions(model.graph, anchors, sites)
 
     def call(self, model: ir.Model, anchors: Anchors) -> PassResult:
         options: CacheOptions = self.options
         graph, ids = model.graph, anchors.input_ids
         if ids is None:  # excluded by requires
             raise AnchorError("no token input was found")
-        _name_dims(graph, ids)
+        name_dims(graph, ids)
         sites = list(cache_sites(graph))
         lengths = add_input(graph, "lengths", ir.DataType.INT32, [BATCH])
         order = [ids, lengths]
@@ -105,7 +105,7 @@ class InsertCache(Pass):
             visible = make_node("Add", [write.outputs[0], tokens.outputs[0]],
                                 [("cache.visible", ir.DataType.INT64, [BATCH])])  # fmt: skip
             graph.insert_before(head, [write, tokens, visible])
-            _offset_positions(graph, anchors, write.outputs[0])
+            offset_positions(graph, anchors, write.outputs[0])
         else:
             size = make_node("Shape", [lengths], [("cache.batch", ir.DataType.INT64, [1])])
             write = make_node("ConstantOfShape", [size.outputs[0]], [("cache.write", ir.DataType.INT64, [BATCH])],
@@ -192,7 +192,7 @@ def _cache_shape(fresh: ir.Value, layer: int, role: str, capacity: int | None) -
     return [BATCH, shape[1], CAPACITY if capacity is None else capacity, shape[3]]
 
 
-def _name_dims(graph: ir.Graph, ids: ir.Value) -> None:
+def name_dims(graph: ir.Graph, ids: ir.Value) -> None:
     """Give the token input's dimensions the names of the contract, everywhere that they appear."""
     shape = dims(ids) or [None, None]
     renamed = {old: new for old, new in zip(shape, (BATCH, TOKENS), strict=True) if isinstance(old, ir.SymbolicDim)}
@@ -204,7 +204,7 @@ def _name_dims(graph: ir.Graph, ids: ir.Value) -> None:
     ids.shape = ir.Shape([BATCH, TOKENS])
 
 
-def _require_positions(graph: ir.Graph, anchors: Anchors, sites: list[CacheSite]) -> None:
+def require_positions(graph: ir.Graph, anchors: Anchors, sites: list[CacheSite]) -> None:
     """Decode moves positions on by the cache's length: they must be known, and nothing else may count tokens."""
     foreign = next((s.node for s in sites if s.node.domain == DOMAIN), None)
     if foreign is not None:
@@ -255,7 +255,7 @@ def _other_counter(graph: ir.Graph, anchors: Anchors) -> ir.Node | None:
     return None
 
 
-def _offset_positions(graph: ir.Graph, anchors: Anchors, past: ir.Value) -> None:
+def offset_positions(graph: ir.Graph, anchors: Anchors, past: ir.Value) -> None:
     """positions [1 or B, T] + past [B] -> [B, T] for all that read positions; shapes below are inferred anew."""
     positions = anchors.positions
     producer = None if positions is None else positions.producer()
