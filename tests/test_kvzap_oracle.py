@@ -25,9 +25,15 @@ def context(count: int) -> list[int]:
     return [int(i) for i in np.random.default_rng(0).integers(0, 128, count)]
 
 
-def by_hand(module: Any, ids: list[int], kind: str) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Scores `[layers, Hkv, T]` in plain loops over layers, heads, queries and keys, from eager attention."""
-    whole = [*PREFIX, *ids, *BRIDGE, *ids]
+def by_hand(
+    module: Any, ids: list[int], kind: str, start: int = 0, stop: int | None = None
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Scores `[layers, Hkv, T]` in plain loops over layers, heads, queries and keys, from eager attention.
+
+    Queries are those of tokens ``start .. stop`` of the second copy, which is cut to them and the 8 tokens before.
+    """
+    stop = len(ids) if stop is None else stop
+    whole = [*PREFIX, *ids, *BRIDGE, *ids[max(0, start - 8) : stop]]
     states: list[torch.Tensor] = []
     values: list[torch.Tensor] = []
     hooks = []
@@ -56,7 +62,7 @@ def by_hand(module: Any, ids: list[int], kind: str) -> tuple[np.ndarray, list[np
                 key = len(PREFIX) + i
                 value = values[number][key, owner * width : (owner + 1) * width]
                 added = float((projection @ value).norm()) if kind == "kvzip+" else 1.0
-                for j in range(len(whole) - len(ids), len(whole)):
+                for j in range(len(whole) - (stop - start), len(whole)):
                     size = float(states[number][j].norm()) if kind == "kvzip+" else 1.0
                     score[owner, i] = max(score[owner, i], float(probability[0, head, j, key]) * added / size)
         made.append(score)
@@ -73,6 +79,61 @@ def test_scores_are_those_of_the_definition(module: Any, kind: str) -> None:
     np.testing.assert_allclose(made.hidden.numpy(), np.stack(states), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("chunk", "starts"), [(4, [0, 3, 7, 11, 15]), (10, [0, 9]), (18, [0, 9]), (19, [0])])
+@pytest.mark.parametrize("kind", oracle.KINDS)
+def test_chunks_are_repeated_one_by_one_after_the_context(
+    module: Any, kind: str, chunk: int, starts: list[int]
+) -> None:
+    ids = context(19)
+    bounds = zip(starts, [*starts[1:], 19], strict=True)
+    expected = np.stack([by_hand(module, ids, kind, *bound)[0] for bound in bounds]).max(0)
+    made = oracle.scores(module, PREFIX, ids, BRIDGE, kind, chunk=chunk)
+    np.testing.assert_allclose(made.score.numpy(), expected, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(made.hidden, oracle.scores(module, PREFIX, ids, BRIDGE, kind).hidden, rtol=0, atol=0)
+
+
+def test_a_context_that_does_not_fit_twice(module: Any) -> None:
+    """300 tokens on 512 positions: two chunks of 150, as if they had been asked for; and what fits is not cut."""
+    ids = context(300)
+    made = oracle.scores(module, PREFIX, ids, BRIDGE).score
+    torch.testing.assert_close(oracle.scores(module, PREFIX, ids, BRIDGE, chunk=150).score, made, rtol=0, atol=0)
+    ids = context(253)  # 2 + 253 + 3 + 253 = 511
+    whole = oracle.scores(module, PREFIX, ids, BRIDGE).score
+    torch.testing.assert_close(oracle.scores(module, PREFIX, ids, BRIDGE, chunk=253).score, whole, rtol=0, atol=0)
+    assert not torch.equal(oracle.scores(module, PREFIX, ids, BRIDGE, chunk=150).score, whole)
+
+
+@pytest.mark.parametrize(("tokens", "chunk", "room", "expected"), [
+    (100, None, 100, [0]), (100, None, 99, [0, 50]), (100, None, 58, [0, 50]), (100, None, 57, [0, 33, 66]),
+    (100, 200, None, [0]), (100, 40, 48, [0, 33, 66]), (100, 40, 47, [0, 33, 66]), (100, 40, 41, [0, 25, 50, 75]),
+])  # fmt: skip
+def test_chunks_and_their_leads_fit(tokens: int, chunk: int | None, room: int | None, expected: list[int]) -> None:
+    assert oracle._starts(tokens, chunk, room) == expected
+
+
+def test_only_the_states_that_are_asked_for(module: Any) -> None:
+    whole = oracle.scores(module, PREFIX, context(9), BRIDGE)
+    some = oracle.scores(module, PREFIX, context(9), BRIDGE, states=[1])
+    none = oracle.scores(module, PREFIX, context(9), BRIDGE, states=())
+    assert none.hidden.shape == (0, 9, 96) and torch.equal(some.hidden, whole.hidden[1:])
+    assert torch.equal(none.score, whole.score) and torch.equal(some.score, whole.score)
+
+
+def test_no_probabilities_of_the_whole_prompt_are_held(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tensor that is made has at most a block of queries as rows."""
+    largest = 0
+    softmax = torch.Tensor.softmax
+
+    def watched(self: torch.Tensor, *args: Any) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, self.numel())
+        return softmax(self, *args)
+
+    monkeypatch.setattr(torch.Tensor, "softmax", watched)
+    oracle.scores(module, PREFIX, context(230), BRIDGE)
+    assert 6 * oracle.ROWS * 230 < largest <= 6 * oracle.ROWS * (2 * 230 + 5)
+
+
 def test_chunks_of_queries_do_not_matter(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = context(70)
     whole = oracle.scores(module, PREFIX, ids, BRIDGE)
@@ -83,8 +144,19 @@ def test_chunks_of_queries_do_not_matter(module: Any, monkeypatch: pytest.Monkey
 def test_the_model_is_left_as_it_was(module: Any) -> None:
     before = module.config._attn_implementation
     hooks = [len(layer.self_attn._forward_pre_hooks) for layer in module.model.layers]
-    with pytest.raises(InputError, match="at most 512"):
-        oracle.scores(module, [], context(300), [])
+    with pytest.raises(InputError, match="a context of 500 tokens leaves 10 of the model's positions"):
+        oracle.scores(module, [], context(500), [5, 6])
+    with pytest.raises(RuntimeError, match="in the middle"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(oracle._Run, "_ask", _fail)
+        oracle.scores(module, [], context(3), [])
+    with pytest.raises(InputError, match="not finite"), torch.no_grad():
+        weight = module.model.layers[1].self_attn.v_proj.weight
+        kept = weight.clone()
+        try:
+            weight[3, 3] = float("nan")
+            oracle.scores(module, [], context(3), [])
+        finally:
+            weight.copy_(kept)
     oracle.scores(module, [], context(3), [])
     assert module.config._attn_implementation == before
     assert [len(layer.self_attn._forward_pre_hooks) for layer in module.model.layers] == hooks
@@ -102,6 +174,10 @@ def test_what_cannot_be_scored(module: Any, arguments: tuple[Any, ...], words: s
 def test_a_model_without_the_layers_is_refused() -> None:
     with pytest.raises(InputError, match=r"no model.layers with self_attn.o_proj"):
         oracle.scores(torch.nn.Module.__new__(_Bare), [], [1], [])
+
+
+def _fail(*_: Any) -> None:
+    raise RuntimeError("in the middle")
 
 
 class _Bare(torch.nn.Module):

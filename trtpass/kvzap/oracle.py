@@ -8,13 +8,19 @@ For key i of the first copy, over queries j of the second copy and the query hea
 
 with a the causal softmax over the whole prompt, W_O the query head's slice of the output projection and h what feeds
 the projections of q, k and v (KVzip, arXiv 2505.23416; KVzip+, arXiv 2601.07891, section 3).
+
+A context that does not fit twice into the model's positions is repeated in chunks: ``prefix + context`` is run once,
+and after its keys and values, for each chunk anew, ``bridge + lead + chunk``; the lead is the last ``LEAD`` tokens
+before the chunk, so that its first query knows where the repetition goes on (kvpress does the same). Queries are those
+of all chunks; leads do not count.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trtpass.errors import InputError
@@ -25,6 +31,8 @@ if TYPE_CHECKING:
 KINDS = ("kvzip", "kvzip+")
 INSTRUCTION = "\n\nRepeat the previous context exactly."
 ROWS = 64  # queries whose probabilities are held at once: [H, ROWS, S] float32
+LEAD = 8  # tokens before a chunk that are repeated with it; the first chunk has none
+LEAST = 16  # tokens of the shortest chunk that is worth a pass
 _serial = itertools.count()
 
 
@@ -34,7 +42,7 @@ class Scores:
 
     Args:
         score: float32 `[layers, Hkv, T]`, above 0 (a probability that rounds to 0 is the smallest normal float32).
-        hidden: float32 `[layers, T, E]`, what feeds q, k and v at each token of the first copy.
+        hidden: float32 `[n, T, E]`, what feeds q, k and v at each token of the first copy, in the n layers asked for.
     """
 
     score: Tensor
@@ -61,12 +69,19 @@ def prompt_parts(tokenizer: Any, context: str) -> tuple[list[int], list[int], li
 
 
 def scores(
-    module: Any, prefix: Sequence[int], context: Sequence[int], bridge: Sequence[int], kind: str = "kvzip+"
+    module: Any,
+    prefix: Sequence[int],
+    context: Sequence[int],
+    bridge: Sequence[int],
+    kind: str = "kvzip+",
+    *,
+    chunk: int | None = None,
+    states: Sequence[int] | None = None,
 ) -> Scores:
     """Scores of every key of ``context``.
 
-    Memory beside the model: hidden states and, for one layer at a time, q, k, v of the whole prompt and probabilities
-    of ``ROWS`` queries.
+    Memory beside the model: k and v of ``prefix + context`` in every layer, the hidden states that are asked for, and
+    probabilities of ``ROWS`` queries.
 
     Args:
         module: a transformers causal LM of the Llama or Qwen3 kind, in eval mode.
@@ -74,60 +89,151 @@ def scores(
         context: ids to score, T of them.
         bridge: ids between the copies; may be empty.
         kind: one of ``KINDS``.
+        chunk: tokens of the context that are repeated in one pass, at most; default: as many as fit.
+        states: layers whose hidden states are returned, in this order; default: all.
 
     Raises:
         InputError: another kind, an empty context, a prompt beyond the model's positions, a model whose attention
             layers are not found, or scores that are not finite.
     """
     import torch
-    from transformers import AttentionInterface
 
     if kind not in KINDS:
         raise InputError(f"scores of kind '{kind}'", f"one of {', '.join(KINDS)}")
     if not context:
         raise InputError("a context without tokens", "at least one")
-    ids = [*prefix, *context, *bridge, *context]
+    layers = [layer.self_attn for layer in _layers(module)]
     limit = getattr(module.config, "max_position_embeddings", None)
-    if limit is not None and len(ids) > limit:
-        raise InputError(
-            f"a prompt of {len(ids)} tokens (the context twice)", f"at most {limit}", "shorten the context"
-        )
-    attentions = [layer.self_attn for layer in _layers(module)]
-    first = slice(len(prefix), len(prefix) + len(context))
-    second = slice(len(ids) - len(context), len(ids))
-    found: list[Tensor] = []
-    hidden: list[Tensor] = []
-    current: list[Tensor] = []
+    whole = [*prefix, *context]
+    wanted = range(len(layers)) if states is None else states
+    run = _Run(len(prefix), {layers[i] for i in wanted}, kind == "kvzip+")
+    with torch.inference_mode(), _attention(module, layers, run):
+        starts = _starts(len(context), chunk, None if limit is None else limit - len(whole) - len(bridge))
+        module.model(input_ids=torch.tensor([whole]), position_ids=torch.arange(len(whole))[None], use_cache=False)
+        for start, stop in itertools.pairwise([*starts, len(context)]):
+            before = [*bridge, *context[max(0, start - LEAD) : start]]
+            ids = [*before, *context[start:stop]]
+            run.asking = len(before)
+            positions = torch.arange(len(whole), len(whole) + len(ids))
+            module.model(input_ids=torch.tensor([ids]), position_ids=positions[None], use_cache=False)
+        score = torch.stack([run.score(layer) for layer in layers])
+    if not bool(score.isfinite().all()):
+        raise InputError("the oracle's scores are not finite", "finite weights and activations", "load in float32")
+    width = module.config.hidden_size
+    hidden = [run.hidden[layers[i]] for i in wanted]
+    return Scores(score, torch.stack(hidden) if hidden else torch.empty(0, len(context), width))
 
-    def remember(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        current[:] = [(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])[0]]
 
-    def attend(block: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any) -> Any:
-        states = current[0].float()  # [S, E]
-        weight = block.o_proj.weight if kind == "kvzip+" else None
-        found.append(_score(q[0].float(), k[0].float(), v[0].float(), states, weight, scaling, first, second))
-        hidden.append(states[first].clone())
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2), None
+def _starts(tokens: int, chunk: int | None, room: int | None) -> list[int]:
+    """Where each chunk begins; ``room`` is the number of positions for one of them and its lead."""
+    most = tokens if chunk is None else chunk
+    if room is not None and min(most, tokens) > room - (LEAD if most < tokens else 0):
+        most = room - LEAD
+        if most < LEAST:
+            raise InputError(
+                f"a context of {tokens} tokens leaves {max(0, room)} of the model's positions to repeat it in",
+                f"at least {LEAST + LEAD}",
+                "shorten the context",
+            )
+    count = -(-tokens // max(1, most))
+    return [tokens * i // count for i in range(count)]  # chunks of the same size, give or take one
 
-    config = module.config
-    before, key = config._attn_implementation, f"trtpass_oracle_{next(_serial)}"
-    hooks = [block.register_forward_pre_hook(remember, with_kwargs=True) for block in attentions]
-    AttentionInterface.register(key, attend)
+
+@dataclass
+class _Run:
+    """What the passes over one prompt have in common, by attention layer.
+
+    Args:
+        first: where the context begins.
+        wanted: layers whose hidden states are kept.
+        added: whether keys count by what they add to the residual (KVzip+).
+        asking: None in the pass over prefix and context; then the number of tokens before those that repeat.
+    """
+
+    first: int
+    wanted: set[Any]
+    added: bool
+    asking: int | None = None
+    states: Tensor | None = None  # [S, E], what feeds the layer that runs now
+    keys: dict[Any, Tensor] = field(default_factory=dict)  # [Hkv, P, D], P tokens of prefix and context
+    values: dict[Any, Tensor] = field(default_factory=dict)  # [Hkv, P, Dv]
+    hidden: dict[Any, Tensor] = field(default_factory=dict)  # [T, E]
+    best: dict[Any, Tensor] = field(default_factory=dict)  # [H, T]: max of a_ji, or of a_ji / ||h_j||
+
+    def remember(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook before each attention layer."""
+        self.states = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])[0].float()
+
+    def attend(self, block: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any) -> Any:
+        """Causal attention in the form of transformers' interface: q `[1, H, S, D]`, fresh k, v `[1, Hkv, S, D]`."""
+        import torch
+
+        if self.asking is None:
+            self.keys[block], self.values[block] = k[0].float().clone(), v[0].float().clone()
+            if block in self.wanted and self.states is not None:
+                self.hidden[block] = self.states[self.first :].clone()
+            sdpa = torch.nn.functional.scaled_dot_product_attention
+            return sdpa(q, k, v, is_causal=True, scale=scaling, enable_gqa=True).transpose(1, 2), None
+        return self._ask(block, q[0].float() * scaling, k[0].float(), v[0].float()).to(q.dtype)[None], None
+
+    def _ask(self, block: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention `[S, H, Dv]` of a repeating pass over the stored keys and its own; its maxima are taken along."""
+        import torch
+
+        asking, states = self.asking or 0, self.states
+        past, owners, group = self.keys[block].shape[1], k.shape[0], q.shape[0] // k.shape[0]
+        keys = torch.cat([self.keys[block], k], 1)  # [Hkv, P + S, D]
+        values = torch.cat([self.values[block], v], 1)
+        best = self.best.setdefault(block, torch.zeros(q.shape[0], past - self.first))
+        made = []
+        for start in range(0, q.shape[1], ROWS):
+            stop = min(start + ROWS, q.shape[1])
+            count, end = stop - start, past + stop
+            queries = q[:, start:stop].reshape(owners, group * count, -1)
+            logits = (queries @ keys[:, :end].transpose(1, 2)).view(-1, count, end)  # [H, R, P + stop]
+            later = torch.ones(count, count, dtype=torch.bool).triu(1)
+            logits[..., past + start :].masked_fill_(later, -torch.inf)
+            chance = logits.softmax(-1)
+            made.append((chance.view(owners, group * count, end) @ values[:, :end]).view(-1, count, v.shape[-1]))
+            if stop > asking:
+                counted = slice(max(0, asking - start), count)
+                seen = chance[:, counted, self.first : past]
+                if self.added and states is not None:
+                    seen /= states[start:stop][counted].norm(dim=-1)[:, None]
+                torch.maximum(best, seen.amax(1), out=best)
+        return torch.cat(made, 1).transpose(0, 1)
+
+    def score(self, block: Any) -> Tensor:
+        """Scores `[Hkv, T]` of a layer after all passes."""
+        import torch
+
+        best, values = self.best[block], self.values[block][:, self.first :]  # [H, T], [Hkv, T, Dv]
+        heads, owners = best.shape[0], values.shape[0]
+        if self.added:
+            parts = block.o_proj.weight.float().unflatten(1, (heads, -1)).permute(1, 0, 2)  # [H, E, Dv]
+            gram = parts.transpose(1, 2) @ parts  # [H, Dv, Dv]: norms without vectors of E
+            own = values.repeat_interleave(heads // owners, 0)  # [H, T, Dv]
+            best = best * ((own @ gram) * own).sum(-1).clamp(min=0).sqrt()
+        return best.unflatten(0, (owners, -1)).amax(1).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+@contextmanager
+def _attention(module: Any, layers: Sequence[Any], run: _Run) -> Iterator[None]:
+    """The model attends through ``run`` inside the block, and as before after it."""
+    from transformers import AttentionInterface
+
+    config, key = module.config, f"trtpass_oracle_{next(_serial)}"
+    before = config._attn_implementation
+    hooks = [layer.register_forward_pre_hook(run.remember, with_kwargs=True) for layer in layers]
+    AttentionInterface.register(key, run.attend)
     try:
         config._attn_implementation = key
-        with torch.inference_mode():
-            positions = torch.arange(len(ids))[None]
-            module.model(input_ids=torch.tensor([ids]), position_ids=positions, use_cache=False)
+        yield
     finally:
         config._attn_implementation = before
         AttentionInterface._global_mapping.pop(key)
         for hook in hooks:
             hook.remove()
-    score = torch.stack(found)
-    if not bool(score.isfinite().all()):
-        raise InputError("the oracle's scores are not finite", "finite weights and activations", "load in float32")
-    return Scores(score, torch.stack(hidden))
 
 
 def _layers(module: Any) -> Sequence[Any]:
@@ -137,32 +243,3 @@ def _layers(module: Any) -> Sequence[Any]:
             f"{type(module).__name__} has no model.layers with self_attn.o_proj", "a model of the Llama or Qwen3 kind"
         )
     return list(layers)
-
-
-def _score(
-    q: Tensor, k: Tensor, v: Tensor, states: Tensor, weight: Tensor | None, scaling: float, first: slice, second: slice
-) -> Tensor:
-    """Scores `[Hkv, T]` of one layer: q `[H, S, D]`, k and v `[Hkv, S, D]`, states `[S, E]`, weight `[E, H D]`."""
-    import torch
-
-    heads = q.shape[0]
-    group = heads // k.shape[0]
-    tokens = k.shape[1]
-    added = torch.ones(heads, first.stop - first.start)
-    if weight is not None:
-        parts = weight.float().unflatten(1, (heads, -1)).permute(1, 0, 2)  # [H, E, Dv]
-        gram = parts.transpose(1, 2) @ parts  # [H, Dv, Dv]: norms without vectors of E
-        values = v[:, first].repeat_interleave(group, 0)  # [H, T, Dv]
-        added = ((values @ gram) * values).sum(-1).clamp(min=0).sqrt()
-    best = torch.zeros(heads, first.stop - first.start)
-    for start in range(second.start, second.stop, ROWS):
-        rows = torch.arange(start, min(start + ROWS, second.stop))
-        query = q[:, rows].unflatten(0, (k.shape[0], group))  # [Hkv, G, R, D]
-        logits = (query @ k[:, None].transpose(-1, -2)) * scaling
-        logits.masked_fill_(torch.arange(tokens) > rows[:, None], -torch.inf)
-        probability = logits.softmax(-1)[..., first].flatten(0, 1)  # [H, R, T]
-        if weight is not None:
-            probability /= states[rows].norm(dim=-1)[:, None]
-        best = torch.maximum(best, probability.amax(1))
-    score = (best * added).unflatten(0, (k.shape[0], group)).amax(1)
-    return score.clamp(min=torch.finfo(torch.float32).tiny)
