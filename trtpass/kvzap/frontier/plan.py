@@ -1,0 +1,154 @@
+"""How much is measured, and the prompts of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
+from typing import Any
+
+from trtpass.errors import InputError
+from trtpass.kvzap.oracle import INSTRUCTION
+from trtpass.quality.tasks import _QUESTION, Encoder, continuations, passkeys
+
+FIT, TEST = 0.70, 0.75  # shares of the corpus: what fitting reads ends at FIT, what is measured here begins at TEST
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run measures. Lengths are in tokens.
+
+    Args:
+        cuts: fractions of all context keys that are removed.
+        fixed: the cuts for which thresholds fixed on other text are measured too.
+        texts, passkeys: ``(context length, prompts)``.
+        continuation: tokens of the continuation, of which all but the first are scored.
+        repeat: tokens of the repeated text, from the beginning of the context.
+        calibration: lengths of the contexts, of text that fitting reads, on which thresholds and `static` are fixed.
+    """
+
+    cuts: tuple[float, ...]
+    fixed: tuple[float, ...]
+    texts: tuple[tuple[int, int], ...]
+    passkeys: tuple[tuple[int, int], ...]
+    continuation: int = 200
+    repeat: int = 128
+    calibration: tuple[int, ...] = (1000, 2000)
+
+    @property
+    def histogram(self) -> float:
+        """The cut at which the kept fraction of each head is recorded."""
+        return min(self.cuts, key=lambda cut: abs(cut - 0.75))
+
+    def fit(self, context: int) -> Plan:
+        """The plan without lengths that a model of ``context`` positions cannot hold.
+
+        Raises:
+            InputError: nothing is left.
+        """
+        spare = max(self.continuation, self.repeat + 64)
+        least = min(n for n, _ in (*self.texts, *self.passkeys)) + spare
+        if context < least:
+            raise InputError(f"a context of {context} tokens", f"at least {least}, the shortest quality check")
+
+        def held(sizes: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+            return tuple((length, n) for length, n in sizes if length + spare <= context)
+
+        return replace(self, texts=held(self.texts), passkeys=held(self.passkeys))
+
+
+FULL = Plan(
+    cuts=(0.40, 0.60, 0.75, 0.85, 0.90),
+    fixed=(0.75, 0.85),
+    texts=((1000, 6), (2000, 6), (4000, 4), (7000, 3)),
+    passkeys=((1000, 8), (2000, 8), (4000, 4), (7000, 3)),
+)
+SHORT = Plan(
+    cuts=(0.60,),
+    fixed=(0.60,),
+    texts=((500, 1),),
+    passkeys=((500, 1),),
+    continuation=100,
+    repeat=64,
+    calibration=(500,),
+)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Tokens that follow a context, scored from ``first`` on."""
+
+    name: str
+    ids: tuple[int, ...]
+    first: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A context that is read once, and what is asked after it. ``key``: task/length/number."""
+
+    task: str
+    length: int
+    number: int
+    ids: tuple[int, ...]
+    probes: tuple[Probe, ...]
+
+    @property
+    def key(self) -> str:
+        return f"{self.task}/{self.length}/{self.number}"
+
+
+def prompts(tokenizer: Encoder, text: str, plan: Plan) -> list[Prompt]:
+    """Every prompt, the first of each length before the second, so that a run which is cut short has some of all.
+
+    Raises:
+        InputError: a text that is too short, or a length too short for a pass key.
+    """
+    groups = [*_texts(tokenizer, text[int(TEST * len(text)) :], plan)]
+    question = tokenizer.encode(_QUESTION, special=False)
+    for length, count in plan.passkeys:
+        group = []
+        for i, sample in enumerate(passkeys(tokenizer, length, count)):
+            whole = [*sample.prompt.tolist(), *sample.target.tolist()]
+            context = len(sample.prompt) - len(question)  # the question comes after eviction
+            probe = Probe("passkey", tuple(whole[context:]), len(question))
+            group.append(Prompt("passkey", length, i, tuple(whole[:context]), (probe,)))
+        groups.append(group)
+    return [prompt for prompt in chain.from_iterable(zip_longest(*groups)) if prompt is not None]
+
+
+def calibration(tokenizer: Encoder, text: str, plan: Plan) -> list[list[int]]:
+    """Contexts of the text that fitting reads, one of each length.
+
+    Raises:
+        InputError: a text that is too short.
+    """
+    tokens = tokenizer.encode(text[: int(FIT * len(text))], special=False)
+    longest = max(plan.calibration)
+    samples = continuations(tokens, longest, len(plan.calibration), 1, longest)
+    return [s.prompt[:n].tolist() for s, n in zip(samples, plan.calibration, strict=True)]
+
+
+def _texts(tokenizer: Encoder, text: str, plan: Plan) -> Iterator[list[Prompt]]:
+    if not plan.texts:
+        return
+    tokens = tokenizer.encode(text, special=False)
+    bridge = tokenizer.encode(f"{INSTRUCTION}\n\n", special=False)
+    longest = max(length for length, _ in plan.texts)
+    for length, count in plan.texts:
+        group = []
+        for i, sample in enumerate(continuations(tokens, length, count, plan.continuation, longest)):
+            ids = tuple(sample.prompt.tolist())
+            again = Probe("repeat", (*bridge, *ids[: plan.repeat]), len(bridge))
+            after = Probe("continuation", tuple(sample.target.tolist()), 1)
+            group.append(Prompt("text", length, i, ids, (again, after)))
+        yield group
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON, lists for tuples."""
+    return {name: _plain(value) for name, value in vars(plan).items()}
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, Sequence) else value
