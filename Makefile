@@ -15,7 +15,7 @@ OUT ?= engines
 HEADERS ?=
 UPDATE ?=
 
-.PHONY: help setup weights corpus native engine test check test-gpu golden kernels-report bench clean distclean
+.PHONY: help setup weights corpus native engine test check test-gpu golden kernels-report bench kvpress clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,10 +61,16 @@ kernels-report: .venv/.installed  ## machine code of every Triton kernel, docs/k
 bench: .venv/.installed  ## all benchmarks that this machine can run
 	@$(BIN)/trtpass bench
 
+kvpress: .venv-kvpress/.installed  ## NVIDIA's kvpress in an environment of its own, for tests and benchmarks that compare with it
+
+.venv-kvpress/.installed: .venv/.installed scripts/make_kvpress.sh
+	@scripts/make_kvpress.sh
+	@touch $@
+
 clean:  ## caches of tools; engines and the environment stay
 	@rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find trtpass plugins graphs tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## also the environment, the downloads, the native kernels and all engines
-	@rm -rf .venv .venv-serve .cache plugins/_native/lib
+	@rm -rf .venv .venv-serve .venv-kvpress .cache plugins/_native/lib
 	@find engines -mindepth 1 ! -name README.md -delete
