@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,8 @@ def test_prompts_come_from_the_last_quarter_and_ask_after_the_context() -> None:
     text = "".join(chr(33 + i * i % 90) for i in range(40_000))
     made = prompts(Characters(), text, PLAN)
     assert [p.key for p in made] == ["text/600/0", "passkey/360/0", "text/600/1", "passkey/360/1"]
+    four = replace(PLAN, texts=((600, 4),), passkeys=((360, 1),))
+    assert [p.key for p in prompts(Characters(), text, four)][2] == "passkey/360/0"  # half of each when half is done
     tail = text[int(TEST * len(text)) :]
     for prompt in made:
         words = "".join(map(chr, prompt.ids))
@@ -275,13 +278,18 @@ def test_a_stopped_run_goes_on_and_ends_the_same(
     log.write_text("".join(lines[:12]) + lines[12][:30])
     oracles: list[int] = []
     scores = running.oracle.scores
-    monkeypatch.setattr(running.oracle, "scores", lambda *a: oracles.append(len(a[2])) or scores(*a))
+    monkeypatch.setattr(running.oracle, "scores", lambda *a, **k: oracles.append(len(a[2])) or scores(*a, **k))
     result = frontier(str(model), tmp_path, surrogates={"made": checkpoint}, text=text, plan=PLAN)
     assert len(oracles) == sum("kvzip+" in line for line in lines[12:]) > 0  # what was there is not done again
     assert result["results"] == done[1]["results"] and result["heads"] == done[1]["heads"]
     again = log.read_text()
     frontier(str(model), tmp_path, surrogates={"made": checkpoint}, text=text, plan=PLAN)
     assert log.read_text() == again
+
+
+def test_a_run_that_is_out_of_time_writes_what_is_there(model: Path, text: Path, tmp_path: Path) -> None:
+    result = frontier(str(model), tmp_path, surrogates={}, text=text, plan=PLAN, minutes=0)
+    assert result["prompts"] == {"measured": 0, "planned": 4} and (tmp_path / RESULT).exists()
 
 
 def test_another_run_in_the_folder_is_refused(tmp_path: Path) -> None:
@@ -310,9 +318,14 @@ def test_numbers_of_a_cell() -> None:
 
     lines = [{"run": {}}, line("a", "dense", [-1, -3]), line("b", "dense", [-2, -3]), line("a", "p", [-2, -3]),
              line("b", "p", [-5, -3]), {**line("a", "learned", [-9, -9]), "source": "old"}]  # fmt: skip
-    result = summary(lines, {"learned": {"file": "f", "sha256": "new"}})
+    result = summary(lines, {}, 3)
     rows = result["results"]["text"]["9"]
     assert set(rows) == {"dense", "p"}  # the lines of an older checkpoint are left out
+    assert result["prompts"] == {"measured": 2, "planned": 3}
+    partly = [*lines, line("c", "dense", [-9, -9]), {**line("a", "learned", [-2, -2]), "source": "new"}]
+    assert summary(partly, {}, 3)["results"] == result["results"]  # c has no p
+    new = summary(partly, {"learned": {"file": "f", "sha256": "new"}}, 3)
+    assert new["results"]["text"]["9"]["learned"]["0.5"]["samples"] == new["prompts"]["measured"] == 1  # b has it not
     expected = {"mean": -3.5, "error": 1.5, "change": -2.0, "change_error": 1.0}
     assert rows["p"]["0.5"]["repeat"] == pytest.approx(expected)
 

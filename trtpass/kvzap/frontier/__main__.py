@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--surrogate", action="append", metavar="NAME=FILE", help="a KVzap checkpoint; repeatable")
     parser.add_argument("--text", type=Path, help="a text of your own, UTF-8")
     parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--minutes", type=float, help="begin nothing more after so many; a later run goes on")
     parser.add_argument("--page", type=Path, help="put the tables of DIR/quality.json between the marks of this page")
     given = parser.parse_args(arguments)
     try:
@@ -33,7 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise InputError("no model was named", "a known model or a Hugging Face folder")
         surrogates = None if given.surrogate is None else dict(_pair(text) for text in given.surrogate)
         with bar("frontier") as report:
-            frontier(given.model, given.out, given.short, surrogates, report, text=given.text, threads=given.threads)
+            frontier(
+                given.model, given.out, given.short, surrogates, report, text=given.text, threads=given.threads,
+                minutes=given.minutes,
+            )  # fmt: skip
         print((given.out / TABLES).read_text(encoding="utf-8"))
     except TrtpassError as error:
         print(error, file=sys.stderr)

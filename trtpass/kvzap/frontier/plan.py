@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, zip_longest
 from typing import Any
 
 from trtpass.errors import InputError
@@ -99,7 +98,7 @@ class Prompt:
 
 
 def prompts(tokenizer: Encoder, text: str, plan: Plan) -> list[Prompt]:
-    """Every prompt, the first of each length before the second, so that a run which is cut short has some of all.
+    """Every prompt, in an order in which a run that is cut short has done about the same share of each length.
 
     Raises:
         InputError: a text that is too short, or a length too short for a pass key.
@@ -114,7 +113,8 @@ def prompts(tokenizer: Encoder, text: str, plan: Plan) -> list[Prompt]:
             probe = Probe("passkey", tuple(whole[context:]), len(question))
             group.append(Prompt("passkey", length, i, tuple(whole[:context]), (probe,)))
         groups.append(group)
-    return [prompt for prompt in chain.from_iterable(zip_longest(*groups)) if prompt is not None]
+    placed = [((prompt.number + 0.5) / len(group), prompt) for group in groups for prompt in group]
+    return [prompt for _, prompt in sorted(placed, key=lambda pair: pair[0])]
 
 
 def calibration(tokenizer: Encoder, text: str, plan: Plan) -> list[list[int]]:

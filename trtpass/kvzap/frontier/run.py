@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,7 @@ def frontier(
     text: Path | None = None,
     plan: Plan | None = None,
     threads: int | None = None,
+    minutes: float | None = None,
 ) -> dict[str, Any]:
     """Measure what each policy keeps of a model's quality at each fraction removed; write it into ``out_folder``.
 
@@ -67,6 +69,7 @@ def frontier(
         text: a text of one's own; its last quarter is measured, the rest calibrates.
         plan: what is measured, in place of the full or short form.
         threads: of torch; one is the fastest on a machine that others use too.
+        minutes: begin nothing more after so many, and write what is there.
 
     Returns:
         What ``quality.json`` holds.
@@ -106,11 +109,11 @@ def frontier(
         "sinks": policies.SINKS,
     }
     with opened(out_folder, run) as log, _threads(threads):
-        measured = _Run(module, loaded.tokenizer, chosen, log, report)
+        measured = _Run(module, loaded.tokenizer, chosen, log, report, minutes)
         measured.calibrate(learned, calibration(tokenizer, content, chosen))
         measured.all(asked, learned)
         files = {name: {"file": Path(path).name, "sha256": learned[name].digest} for name, path in surrogates.items()}
-        result = summary(log.lines, files)
+        result = summary(log.lines, files, len(asked))
     report("writing", 0.99)
     write(out_folder, result)
     return result
@@ -119,7 +122,10 @@ def frontier(
 class _Run:
     """One model and one log. Thresholds and `static` are in lines of the log too: they are measured once."""
 
-    def __init__(self, module: Any, tokenizer: Any, plan: Plan, log: Log, report: Report) -> None:
+    def __init__(
+        self, module: Any, tokenizer: Any, plan: Plan, log: Log, report: Report, minutes: float | None
+    ) -> None:
+        self.end = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self.module, self.plan, self.log, self.report = module, plan, log, report
         self.prefix, _, self.bridge = oracle.prompt_parts(tokenizer, "x")
         self.thresholds: dict[str, dict[str, float | None]] = {}
@@ -146,18 +152,22 @@ class _Run:
             self.thresholds[name] = (self.log.find(calibration=name, source=item.digest) or {})["thresholds"]
 
     def all(self, asked: Sequence[Prompt], learned: Mapping[str, _Learned]) -> None:
-        """Every policy on every prompt that is not in the log."""
+        """Every policy on every prompt that is not in the log, until the time is over."""
         chosen = self._policies(learned)
         whole, spent = sum(p.length for p in asked), 0
         for prompt in asked:
             missing = [p for p in chosen if not self.log.find(prompt=prompt.key, policy=p.name, source=p.source)]
             dense = self.log.find(prompt=prompt.key, policy=DENSE) is not None
+            if time.monotonic() > self.end:
+                return
             if missing or not dense:
                 past = read(self.module, prompt.ids)
             if not dense:
                 started = time.monotonic()
                 self._add(prompt, DENSE, "", [{"cut": 0.0, **self._point(past, prompt, None)}], started)
             for policy in missing:
+                if time.monotonic() > self.end:
+                    return
                 self.report(f"{prompt.task}, {prompt.length} tokens, {policy.name}", spent / whole)
                 started = time.monotonic()
                 points = self._points(past, prompt, policy)
@@ -179,7 +189,7 @@ class _Run:
         ]
 
     def _oracle(self, ids: Sequence[int]) -> Tensor:
-        return oracle.scores(self.module, self.prefix, list(ids), self.bridge).score
+        return oracle.scores(self.module, self.prefix, list(ids), self.bridge, states=()).score
 
     def _points(self, past: Read, prompt: Prompt, policy: Policy) -> list[dict[str, Any]]:
         score = policy.score(past, prompt)

@@ -11,18 +11,26 @@ FIXED = ", fixed threshold"  # added to the name of a surrogate whose threshold 
 PROBES = ("repeat", "continuation")
 
 
-def summary(lines: Sequence[Mapping[str, Any]], surrogates: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """What quality.json holds.
+def summary(
+    lines: Sequence[Mapping[str, Any]], surrogates: Mapping[str, Mapping[str, str]], asked: int
+) -> dict[str, Any]:
+    """What quality.json holds: of the prompts on which every policy was measured.
 
     Args:
         lines: of the log, the first of which is of the run.
         surrogates: name to file name and digest; lines of other checkpoints are left out.
+        asked: number of prompts of the whole plan.
 
     Returns:
         The run, the surrogates, ``results[task][length][policy][cut]`` (cuts as text, ``"0"`` of ``dense``) and
         ``heads[policy]``: the kept fraction of each head `[L Hkv]` at the cut of the histogram, mean over texts.
     """
     chosen = [line for line in _latest(lines) if line["source"] == surrogates.get(line["policy"], {}).get("sha256", "")]
+    done: dict[str, set[str]] = {}
+    for line in chosen:
+        done.setdefault(line["prompt"], set()).add(line["policy"])
+    everything = set().union(*done.values(), surrogates)
+    chosen = [line for line in chosen if done[line["prompt"]] == everything]
     dense = {line["prompt"]: line["points"][0] for line in chosen if line["policy"] == "dense"}
     cells: dict[tuple[str, str, str, str], list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
     heads: dict[str, list[list[float]]] = {}
@@ -39,6 +47,7 @@ def summary(lines: Sequence[Mapping[str, Any]], surrogates: Mapping[str, Mapping
         row[cut] = _passkey(pairs) if task == "passkey" else _text(pairs)
     return {
         "run": lines[0]["run"],
+        "prompts": {"measured": len({line["prompt"] for line in chosen}), "planned": asked},
         "surrogates": {name: dict(item) for name, item in surrogates.items()},
         "thresholds": {
             line["calibration"]: line["thresholds"]
