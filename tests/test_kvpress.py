@@ -20,7 +20,7 @@ from trtpass.errors import InputError
 from trtpass.kvzap.surrogate import KEYS, Kind, Surrogate
 from trtpass.quiet import quiet
 
-LAYERS, WIDTH, HEADS, OWNERS = 2, 96, 6, 2  # of the tiny models
+LAYERS, WIDTH, OWNERS = 2, 96, 2  # of the tiny models
 KINDS: tuple[Kind, ...] = ("linear", "mlp")
 
 
@@ -61,14 +61,13 @@ def evicted(score: np.ndarray, threshold: float, window: int, first: int) -> np.
 def by_mask(folder: Path, masks: np.ndarray, ids: list[int], starts: list[int]) -> np.ndarray:
     """Logits `[T, V]` of one dense forward over ``ids``; queries of chunk c, from ``starts[c]`` on, do not see the keys
     ``masks[c]`` `[L, Hkv, T]`."""
-    hidden = np.zeros((masks.shape[1], OWNERS, len(ids), len(ids)), bool)  # [L, Hkv, queries, keys]
+    visible = torch.ones(*masks.shape[1:3], len(ids), len(ids), dtype=torch.bool).tril()  # [L, Hkv, queries, keys]
     for start, end, mask in zip(starts, [*starts[1:], len(ids)], masks, strict=True):
-        hidden[:, :, start:end] = mask[:, :, None]
-    visible = torch.from_numpy(~hidden.repeat(HEADS // OWNERS, 1)) & torch.ones(len(ids), len(ids)).tril().bool()
+        visible[:, :, start:end] &= ~torch.from_numpy(mask)[:, :, None]
 
     def attend(block: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **options: Any) -> Any:
-        k, v = (x.repeat_interleave(HEADS // OWNERS, 1) for x in (k, v))
-        logits = (q @ k.mT * options["scaling"]).masked_fill(~visible[block.layer_idx], -torch.inf)
+        k, v, seen = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v, visible[block.layer_idx][None]))
+        logits = (q @ k.mT * options["scaling"]).masked_fill(~seen, -torch.inf)
         return (logits.softmax(-1) @ v).transpose(1, 2), None
 
     transformers.AttentionInterface.register("by_mask", attend)

@@ -175,13 +175,17 @@ class Session:
         self.cache: Any = None
         self.next: Any = None  # the token to decode [1, 1]
         self.press = contextlib.ExitStack()
+        self.now = time.perf_counter
 
-    def load(self, model: str, threads: int) -> dict[str, Any]:
-        """Load a folder; versions of what runs, and its ``memory``."""
+    def load(self, model: str, threads: int, clock: str = "wall") -> dict[str, Any]:
+        """Load a folder; versions of what runs, and its ``memory``. ``clock``: of ``trtpass.bench.measure``."""
         import kvpress  # noqa: F401 - it changes the attention functions of transformers, with or without a press
         import torch
         import transformers
 
+        from trtpass.bench.measure import CLOCKS
+
+        self.now = CLOCKS[clock]
         torch.set_num_threads(threads)
         self.model = load_model(model)
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -203,11 +207,11 @@ class Session:
         self.cache = transformers.DynamicCache()
         if checkpoint is not None:
             self.press.enter_context(pressed(self.model, checkpoint, threshold, window, decoding))
-        started = time.perf_counter()
+        started = self.now()
         with torch.inference_mode():
             states = self.model.model(input_ids=torch.tensor([list(tokens)]), past_key_values=self.cache)
             self.next = self.model.lm_head(states.last_hidden_state[:, -1:]).argmax(-1)
-        return {"seconds": time.perf_counter() - started, **self.state()}
+        return {"seconds": self.now() - started, **self.state()}
 
     def decode(self, count: int) -> dict[str, Any]:
         """Greedy tokens. As ``state``, ``seconds`` of each token, and the tokens (those that went in)."""
@@ -217,10 +221,10 @@ class Session:
         with torch.inference_mode():
             for _ in range(count):
                 tokens.append(int(self.next))
-                started = time.perf_counter()
+                started = self.now()
                 made = self.model(input_ids=self.next, past_key_values=self.cache)
                 self.next = made.logits[:, -1:].argmax(-1)
-                seconds.append(time.perf_counter() - started)
+                seconds.append(self.now() - started)
         return {"seconds": seconds, "tokens": tokens, **self.state()}
 
     def state(self) -> dict[str, Any]:
