@@ -11,6 +11,7 @@ from trtpass.quality import plots
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 _COLOURS = (
     "#1b6ca8",
@@ -33,8 +34,8 @@ def all_of(result: Mapping[str, Any]) -> dict[str, bytes]:
     made = {}
     for task, probe, title in (
         ("passkey", "passkey", "pass keys found"),
-        ("text", "repeat", "repeated text: change against dense, nats a token"),
-        ("text", "continuation", "continuation: change against dense, nats a token"),
+        ("text", "repeat", "repeated text: change, nats a token"),
+        ("text", "continuation", "continuation: change, nats a token"),
     ):
         if task in result["results"]:
             made[f"frontier_{probe}.png"] = _frontier(result, task, probe, title)
@@ -44,21 +45,26 @@ def all_of(result: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def _frontier(result: Mapping[str, Any], task: str, probe: str, title: str) -> bytes:
+    """One question: a column for each length, one scale."""
     groups = sorted(result["results"][task].items(), key=lambda item: int(item[0]))
-    figure, axes = _figure(len(groups), 4.0, 4.4)
-    axes[0].set_ylabel(title)
+    figure, axes = _figure(len(groups), 3.4, 4.2)
+    lines: dict[str, Line2D] = {}
     for axis, (length, rows) in zip(axes, groups, strict=True):
+        plots._finish(axis)  # before there is anything for a legend: the figure has one for all columns
         for i, name in enumerate(n for n in policies(result) if not n.endswith(FIXED)):
-            cells = {float(cut): cell for cut, cell in rows.get(name, {}).items()}
-            if not cells:
-                continue
-            values = [_value(cell, probe) for _, cell in sorted(cells.items())]
-            axis.plot([0.0, *sorted(cells)], [_value(rows["dense"]["0"], probe), *values], label=name,
-                      color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)], markersize=5)  # fmt: skip
-        axis.set(title=f"{length} tokens", xlabel="fraction of all keys removed")
+            cells = sorted((float(cut), cell) for cut, cell in rows.get(name, {}).items())
+            if cells:
+                xs = [0.0, *(cut for cut, _ in cells)]
+                ys = [_value(cell, probe) for cell in (rows["dense"]["0"], *(cell for _, cell in cells))]
+                style: dict[str, Any] = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
+                (lines[name],) = axis.plot(xs, ys, markersize=5, linewidth=1.3, **style)
+        axis.set(title=f"{length} tokens ({rows['dense']['0']['samples']} prompts)", xlabel="fraction removed")
         if probe == "passkey":
             axis.set_ylim(-0.05, 1.05)
-        plots._finish(axis, below=True)
+    axes[0].set_ylabel(title)
+    figure.legend(
+        list(lines.values()), list(lines), loc="outside lower center", ncols=2 * len(groups), fontsize=9, frameon=False
+    )
     return plots._png(figure)
 
 
@@ -88,4 +94,4 @@ def _figure(columns: int, width: float, height: float) -> tuple[Figure, list[Axe
 
     figure = Figure(figsize=(width * columns + 0.2, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+    return figure, list(figure.subplots(1, columns, squeeze=False, sharey=True)[0])
