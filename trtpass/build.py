@@ -33,9 +33,11 @@ from trtpass.ir import dims
 from trtpass.layers import carry_drift
 from trtpass.manifest import Check, Checks, Manifest, PassRecord, artifact, versions
 from trtpass.passes import WHOLE_PROMPT_KEY, Pass, PassResult
-from trtpass.passes.cache import insert_cache
+from trtpass.passes.cache_policy import CachePolicy, policy_of
+from trtpass.passes.kvzap import RECIPE_KEY
 from trtpass.passes.logits import LastLogits
 from trtpass.passes.lower import counted, lower
+from trtpass.passes.paged_cache import PAGE
 from trtpass.plans import DTYPES, Plans, Source, write_plans
 from trtpass.plans import TARGETS as PLANS
 from trtpass.progress import Report, silent
@@ -47,7 +49,8 @@ if TYPE_CHECKING:
 
 TARGETS = ("cpu", "portable", "tensorrt-rtx", "tensorrt")
 DEFAULT_CONTEXT = 8192  # tokens; for an ONNX file, which does not say
-DENSE, REWRITTEN, PREFILL, DECODE, WEIGHTS = "dense.onnx", "model.onnx", "prefill.onnx", "decode.onnx", "weights.bin"
+DENSE, REWRITTEN, WEIGHTS = "dense.onnx", "model.onnx", "weights.bin"
+CARRIED = "policy.safetensors"  # the checkpoint of a cache policy
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Request:
         logits: ``last`` or ``all`` tokens from the engine's graphs.
         kernels: False leaves native kernels out of a CPU engine, for a machine that will not have their library.
         dtype: ``float16`` or ``bfloat16``, of a plan's weights, activations and cache.
+        page: slots of a page, where a cache policy makes the cache paged.
     """
 
     model: str
@@ -73,6 +77,7 @@ class Request:
     logits: str = "last"
     kernels: bool = True
     dtype: str = "float16"
+    page: int = PAGE
 
 
 def build(request: Request, report: Report = silent) -> tuple[Manifest, Path]:
@@ -89,6 +94,7 @@ def build(request: Request, report: Report = silent) -> tuple[Manifest, Path]:
     _check_target(request)
     recipe = resolve(request.model)
     pipeline = [passes.parse(text) for text in (recipe.default_passes if request.passes is None else request.passes)]
+    policy = _check_pipeline(pipeline)
     folder = request.out / recipe.name / slug(pipeline, request.target)
     with staged(folder) as work:
         report("loading weights", 0.02)
@@ -96,15 +102,22 @@ def build(request: Request, report: Report = silent) -> tuple[Manifest, Path]:
         context = loaded.context or DEFAULT_CONTEXT
         raised = _canonical(recipe, loaded, work, report)
         dense = io.load(work / DENSE)
+        if policy is not None and context % request.page:
+            raise InputError(
+                f"pages of {request.page} slots for a context of {context} tokens", "a page size that divides it"
+            )
         report("rewriting", 0.30)
+        dense.metadata_props[RECIPE_KEY] = recipe.name
         rewritten = dense.clone()
         results = passes.run(rewritten, pipeline)
+        for thing in policy.files().values() if policy is not None else ():
+            thing.save(work / CARRIED)
         _write(_with_last_logits(rewritten), work / REWRITTEN)
         report(f"lowering to {request.target}", 0.35)
-        lowered = _lower(request, dense, rewritten, work, context, report)
+        lowered = _lower(request, dense, rewritten, policy, work, context, report)
         report("checking", 0.45)
         probe = probe_for(loaded, dense, pipeline)
-        ladder = Ladder(work, dense, rewritten, pipeline, results, probe, loaded.module, loaded.onnx)
+        ladder = Ladder(work, dense, rewritten, pipeline, results, probe, loaded.module, loaded.onnx, page=request.page)
         checks = check_ladder(ladder, request.target, report, request.kernels, lowered.unbuilt)
         _save_example(ladder, work)
         if loaded.tokenizer is not None:
@@ -124,6 +137,7 @@ def build(request: Request, report: Report = silent) -> tuple[Manifest, Path]:
             lowering=lowered.notes,
             unbuilt=lowered.unbuilt,
             kernels=request.kernels,
+            page=request.page if policy is not None else None,
             raised=raised.counts,
             near_misses=list(raised.near_misses),
             versions=versions(),
@@ -139,10 +153,30 @@ def slug(pipeline: Sequence[Pass], target: str) -> str:
     parts = []
     for step in pipeline:
         default = step.Options()
-        own = [f"{f.name}={getattr(step.options, f.name)}" for f in fields(step.options)
-               if getattr(step.options, f.name) != getattr(default, f.name)]  # fmt: skip
+        given = {f.name: getattr(step.options, f.name) for f in fields(step.options)
+                 if getattr(step.options, f.name) != getattr(default, f.name)}  # fmt: skip
+        own = [f"{name}={Path(value).stem if name == 'weights' else value}" for name, value in given.items()]
         parts.append("_".join([step.name, *own]).replace(":", "-").replace("/", "-"))
     return ".".join(["+".join(parts) or "dense", target])
+
+
+def _carried(step: Pass) -> dict[str, Any]:
+    """Options for the manifest; what the pass read is in the engine's folder."""
+    options = step.describe()
+    if isinstance(step, CachePolicy):
+        options.update(dict.fromkeys(step.files(), CARRIED))
+    return options
+
+
+def _check_pipeline(pipeline: Sequence[Pass]) -> CachePolicy | None:
+    """The pipeline's cache policy, which is proved alone."""
+    policy = policy_of(pipeline)
+    if policy is not None and len(pipeline) > 1:
+        raise InputError(
+            f"passes {', '.join(p.name for p in pipeline)} in one engine",
+            f"the cache policy {policy.name} alone: no proof covers it beside another method yet",
+        )
+    return policy
 
 
 def _check_target(request: Request) -> None:
@@ -197,15 +231,23 @@ def _write(model: ir.Model, path: Path) -> None:
     onnx.save_model(ir.to_proto(model), str(path))
 
 
-def _lower(request: Request, dense: ir.Model, rewritten: ir.Model, work: Path, context: int, report: Report) -> Plans:
+def _lower(
+    request: Request,
+    dense: ir.Model,
+    rewritten: ir.Model,
+    policy: CachePolicy | None,
+    work: Path,
+    context: int,
+    report: Report,
+) -> Plans:
     """Write the engine's graphs (and plans); returns the lowering decisions in words and the plan's SMs."""
+    graphs = Source(dense, rewritten, context, request.logits, request.dtype, policy, request.page)
     if request.target in PLANS:
-        graphs = Source(dense, rewritten, context, request.logits, request.dtype)
         return write_plans(request.target, request.sm, graphs, work, request.out, report)
     decisions = []
-    for name, source, phase in ((PREFILL, rewritten, "prefill"), (DECODE, dense, "decode")):
-        lowered = lower(insert_cache(source, phase, logits=request.logits), request.target, request.kernels)
-        _write(lowered.model, work / name)
+    for phase, graph in graphs.phases().items():
+        lowered = lower(graph, request.target, request.kernels)
+        _write(lowered.model, work / f"{phase}.onnx")
         decisions += [(phase, decision) for decision in lowered.decisions]
     return Plans(counted(decisions), ())
 
@@ -213,7 +255,8 @@ def _lower(request: Request, dense: ir.Model, rewritten: ir.Model, work: Path, c
 def probe_for(loaded: Loaded, dense: ir.Model, pipeline: Sequence[Pass]) -> Probe:
     """Two rows, long enough that every method prunes (a quarter above its dense limit), of text where there is some."""
     limits = [p.options.min_tokens + p.options.window for p in pipeline if hasattr(p.options, "min_tokens")]
-    dense_limit = max(limits, default=160)
+    limits += [2 * p.options.window for p in pipeline if isinstance(p, CachePolicy)]
+    dense_limit = max(*limits, 160) if limits else 160
     longest = min(loaded.context or DEFAULT_CONTEXT, dense_limit + dense_limit // 4 + 8)
     lengths = np.array([longest, max(longest - longest // 16, 1)], np.int32)
     rows = np.stack([token_row(loaded, dense, longest, seed) for seed in range(2)])
@@ -291,14 +334,16 @@ def _records(pipeline: Sequence[Pass], results: Sequence[PassResult], ladder: La
     records = []
     for step, result in zip(pipeline, results, strict=True):
         layers = [site.layer for site in result.sites]
-        kept = [ladder.kept[layer] for layer in layers if layer in ladder.kept] if sites_of([result]) else []
+        prunes = sites_of([result]) or isinstance(step, CachePolicy)
+        kept = [ladder.kept[layer] for layer in layers if layer in ladder.kept] if prunes else []
         records.append(
             PassRecord(
                 name=step.name,
-                options=step.describe(),
+                options=_carried(step),
                 sites=len(layers),
                 layers=layers,
                 near_misses=list(result.near_misses),
+                warnings=list(result.warnings),
                 pruned=round(1 - float(np.mean(kept)), 6) if kept else None,
             )
         )

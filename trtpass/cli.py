@@ -19,6 +19,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
     "against PyTorch."))  # fmt: skip
 calibrate_app = typer.Typer(no_args_is_help=True, help="Measure, once a model, what passes need to know.")
 app.add_typer(calibrate_app, name="calibrate")
+fit_app = typer.Typer(no_args_is_help=True, help="Fit the small models that passes bring into a graph.")
+app.add_typer(fit_app, name="fit")
 
 INTERRUPTED = 130
 
@@ -67,6 +69,7 @@ def build_command(
         bool, typer.Option(help="Native kernels in a CPU engine; without, for a machine that has no library of them.")
     ] = True,
     dtype: Annotated[str, typer.Option(help="Type of a plan's weights and cache: float16 or bfloat16.")] = "float16",
+    page: Annotated[int, typer.Option(help="Slots of a page of the KV cache, with a cache policy.")] = 64,
     json: Json = False,
 ) -> None:
     """Build an engine and prove it. Without MODEL: list what is known."""
@@ -85,7 +88,7 @@ def build_command(
         raise InputError(f"--logits {logits}", "last or all")
     chosen: list[str] | None = [] if dense or passes == ["none"] else passes
     wanted = tuple(s.strip() for s in sm.split(",") if s.strip())
-    request = Request(model, chosen, target, wanted, out, logits, kernels, dtype)
+    request = Request(model, chosen, target, wanted, out, logits, kernels, dtype, page)
     with bar(f"building {model if model in known() else Path(model).name}") as report:
         manifest, folder = build(request, report)
     _print(manifest.model_dump(mode="json") if json else manifest, json, lambda m: render(m, folder))
@@ -194,6 +197,7 @@ def rewrite_command(
         for r in results:
             lines.append(f"{r.name}: {len(r.sites)} sites" + ("" if r.modified else ", nothing changed"))
             lines += [f"  not at {reason}" for reason in r.near_misses]
+            lines += [f"  warning: {warning}" for warning in r.warnings]
         return "\n".join(lines)
 
     _print(report, json, render)
@@ -241,6 +245,10 @@ def generate_command(
     provider: Annotated[
         str, typer.Option(help="ONNX Runtime provider: cpu, cuda, ... Another one is an error.")
     ] = "cpu",
+    pages: Annotated[
+        int | None,
+        typer.Option("--cache-pages", help="Pages of a layer's KV cache, with a cache policy; default: enough."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Generate text with an engine; it streams as it is made."""
@@ -248,7 +256,7 @@ def generate_command(
 
     rows = generate(
         engine, prompt, max_tokens=max_tokens, chunk=chunk, temperature=temperature, seed=seed, threads=threads,
-        provider=provider, say=None if json else lambda text: typer.echo(text, err=True),
+        provider=provider, pages=pages, say=None if json else lambda text: typer.echo(text, err=True),
         write=None if json else lambda piece: typer.echo(piece, nl=False),
     )  # fmt: skip
     if json:
@@ -295,6 +303,38 @@ def drift_command(
         return "\n".join([*lines, f"drift:0.5 is layers={value['half']}", f"stored in {value['path']}"])
 
     _print(stored, json, render)
+
+
+@fit_app.command("kvzap")
+def fit_kvzap_command(
+    model: Annotated[str, typer.Argument(help="Known name or Hugging Face folder.")],
+    corpus: Annotated[
+        Path | None, typer.Option(help="Text to fit on, plain or .gz; default: the public-domain one.")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="linear or mlp.")] = "linear",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A .safetensors file, or a folder. Default: <model>.kvzap-<kind>.safetensors here."),
+    ] = None,
+    contexts: Annotated[int, typer.Option(help="Contexts to fit on, of 256 to 3500 tokens.")] = 48,
+    seed: Annotated[int, typer.Option(help="Of places, lengths and initial weights.")] = 0,
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Folder of what is collected; a later run continues with it. Default: <out>.work."),
+    ] = None,
+    keep_work: Annotated[
+        bool, typer.Option("--keep-work", help="Leave that folder, for a fit of the other kind.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads; default: all cores.")] = None,
+    json: Json = False,
+) -> None:
+    """Fit KVzap's surrogate to KVzip+ scores, and measure it on held-out text. Run it again to continue."""
+    from trtpass.kvzap.fit import Request, fit, render
+    from trtpass.progress import bar
+
+    with bar("fitting kvzap") as report:
+        record = fit(Request(model, kind, out, corpus, contexts, seed, work, keep_work, threads), report)
+    _print(record, json, render)
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from trtpass.errors import InputError
 from trtpass.manifest import Check
 from trtpass.passes import Pass, PassResult, Site
 from trtpass.passes.cache import insert_cache
+from trtpass.passes.cache_policy import policy_of
 from trtpass.passes.logits import LastLogits
 from trtpass.passes.lower import TARGET_KEY, lower
 from trtpass.twin import TokenSparseTwin, TorchRun, run_dense
@@ -198,6 +199,7 @@ class Ladder:
     module: Any | None
     original: Path | None = None  # the ONNX file that the engine was made from, where there is no torch model
     saved: TorchRun | None = None  # the torch side of ``rewrite``: what is saved beside the engine
+    page: int = 64  # slots of a page, where a policy makes the cache paged
     kept: dict[int, float] = field(default_factory=dict)
 
     @property
@@ -219,7 +221,7 @@ class Ladder:
         graph = self.dense.clone()
         hidden = expose_hidden(graph)
         LastLogits()(graph)
-        return self._numeric(self._run(graph, hidden), self._torch(torch_run))
+        return self._numeric(self.run(graph, hidden), self._torch(torch_run))
 
     def _raised(self) -> Check:
         """The given ONNX file and the raised graph: logits of every token of a short prompt."""
@@ -241,13 +243,17 @@ class Ladder:
 
     def rewrite(self) -> Check:
         """D = C: the twin with the graph's selections forced, tight; its own choices, within the margin of the cut."""
+        if (policy := policy_of(self.passes)) is not None:
+            from trtpass.paged_checks import rewrite_check
+
+            return rewrite_check(self, policy, self._result(policy))
         if not self.sites:
             return Check.not_run("no token-selecting pass was applied")
         graph = self.rewritten.clone()
         hidden = expose_hidden(graph)
         LastLogits()(graph)
         expose_selections(graph, self.sites)
-        outputs = self._run(graph, hidden)
+        outputs = self.run(graph, hidden)
         chosen = read_selections(self.sites, outputs)
         self.kept = {k: float(np.mean(v["count"] / self.probe.lengths[:, None])) for k, v in chosen.items()}
         if self.module is None:
@@ -284,12 +290,17 @@ class Ladder:
             out, own[layer] = twin.site(q, k, v, self.probe.lengths, scale, forced)
             left[f"layer {layer}"], right[f"layer {layer}"] = outputs[site.values["output"]], out
         free = disagreement(chosen, own, self.probe.lengths, self.protected)
-        gap = difference(left, right, ATOL, RTOL)
-        return self._judge(gap, free, self._pruned(), "each site against its reference (there is no torch model)")
+        return self.judge(
+            left, right, free, self._pruned(), "each site against its reference (there is no torch model)"
+        )
 
     def engine(self, target: str, kernels: bool = True) -> Check:
         """C = E: the rewritten graph and the lowered prefill graph with C's selections forced; its free choices; the
         cache that it writes; and one dense pass through the decode graph."""
+        if (policy := policy_of(self.passes)) is not None:
+            from trtpass.paged_checks import engine_check
+
+            return engine_check(self, policy, self._result(policy), target, kernels)
         reference = self.rewritten.clone()
         hidden = expose_hidden(reference)
         LastLogits()(reference)
@@ -300,7 +311,7 @@ class Ladder:
             for r in ("key", "value")
         }
         expose(reference, list(keys.values()))
-        expected = self._run(reference, hidden)
+        expected = self.run(reference, hidden)
         sequence = self.probe.input_ids.shape[1]
 
         lowered = self.rewritten.clone()
@@ -308,7 +319,7 @@ class Ladder:
         names = force_selections(lowered, self.sites)
         expose_selections(lowered, self.sites)
         prefill = lower(insert_cache(lowered, "prefill"), target, kernels).model
-        got = self._run(prefill, hidden, {**self._empty(prefill, sequence), **feeds(names, self.sites, expected)})  # type: ignore[dict-item]
+        got = self.run(prefill, hidden, {**self._empty(prefill, sequence), **feeds(names, self.sites, expected)})  # type: ignore[dict-item]
         left = {**_main(got), **{name: self._valid_cache(got[name]) for name in keys}}
         right = {**_main(expected), **{name: self._valid_cache(expected[key]) for name, key in keys.items()}}
         free = disagreement(
@@ -335,19 +346,30 @@ class Ladder:
             check.status, check.reason = "failed", f"decode graph and dense model: {gap.words}"
         return check
 
+    def _result(self, step: Pass) -> PassResult:
+        return next(r for p, r in zip(self.passes, self.results, strict=True) if p is step)
+
     def _selecting(self) -> Pass:
         return next(p for p, r in zip(self.passes, self.results, strict=True) if sites_of([r]))
 
     def _pruned(self) -> float:
         return 1.0 - float(np.mean(list(self.kept.values()))) if self.kept else 0.0
 
-    def _run(self, graph: ir.Model, hidden: str, feed: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    def run(self, graph: ir.Model, hidden: str, feed: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         outputs = run_onnx(graph, self.folder, {**self.probe.feed(graph), **(feed or {})})
         outputs["hidden"] = self.probe.valid(outputs.pop(hidden))
         logits = find(self.dense).logits
         name = "logits" if "logits" in outputs or logits is None else str(logits.name)
         outputs["logits"] = outputs.pop(name)
         return outputs
+
+    def outputs(self, graph: ir.Model) -> dict[str, np.ndarray]:
+        """A graph's outputs on the probe."""
+        return run_onnx(graph, self.folder, self.probe.feed(graph))
+
+    def last(self, hidden: np.ndarray) -> np.ndarray:
+        """The hidden state of each row's last valid token ``[B, 1, E]``."""
+        return hidden[np.arange(len(hidden)), self.probe.lengths - 1][:, None]
 
     def _torch(self, run: TorchRun) -> dict[str, np.ndarray]:
         return {"hidden": self.probe.valid(run.hidden), "logits": run.logits}
@@ -372,10 +394,19 @@ class Ladder:
         free: Disagreement | None = None,
         pruned: float | None = None,
     ) -> Check:
-        gap = difference(_main(left) | {k: v for k, v in left.items() if k in right}, right, ATOL, RTOL)
-        return self._judge(gap, free, pruned)
+        return self.judge(_main(left) | {k: v for k, v in left.items() if k in right}, right, free, pruned)
 
-    def _judge(self, gap: Difference, free: Disagreement | None, pruned: float | None, note: str = "") -> Check:
+    def judge(
+        self,
+        left: Mapping[str, np.ndarray],
+        right: Mapping[str, np.ndarray],
+        free: Disagreement | None = None,
+        pruned: float | None = None,
+        note: str = "",
+        margin: float = MARGIN,
+    ) -> Check:
+        """The verdict on the numbers of two sides and their free choices; ``pruned`` of 0 proves nothing."""
+        gap = difference(left, right, ATOL, RTOL)
         check = Check(
             status="passed" if gap.ok else "failed",
             max_abs=gap.max_abs,
@@ -387,8 +418,8 @@ class Ladder:
             check.reason = gap.words
         if free is not None:
             check.flipped = free.share
-            check.tolerance += f", free choices within {MARGIN:g} of the cut"
-            if free.worst > MARGIN:
+            check.tolerance += f", free choices within {margin:g} of the cut"
+            if free.worst > margin:
                 flip = f"a flipped token lies {free.worst:.2e} from the cut"
                 check.status, check.reason = "failed", f"{check.reason}; {flip}" if check.reason else flip
         if pruned is not None and pruned <= 0 and check.status == "passed":

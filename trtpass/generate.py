@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from trtpass.errors import InputError
 from trtpass.manifest import Manifest
+from trtpass.paged import CacheFull, PagedEngine
 from trtpass.runtime import Engine
+from trtpass.sampling import Step
 from trtpass.text import TextStream, Tokenizer
 
 RUNNABLE = ("cpu", "portable")
@@ -24,6 +26,7 @@ def generate(
     seed: int = 0,
     threads: int | None = None,
     provider: str = "cpu",
+    pages: int | None = None,
     write: Callable[[str], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -33,12 +36,14 @@ def generate(
         prompts: one text a row; they run as one batch, of any lengths.
         chunk: tokens of prefill at a time; None reads whole prompts.
         provider: of ONNX Runtime; a session that got another one is an error (the runtime falls back in silence).
+        pages: pages of each layer's pool, where the cache is paged; None has room for every key.
         write: called with each piece of text of a single prompt as it is made, or with the whole of each of several.
         say: called once with what runs where.
 
     Returns:
         A dict a row: ``prompt``, ``text``, ``prompt_tokens``, ``tokens`` (new ids), ``stopped`` (stop, length,
-        context), ``provider``.
+        context, cache: no page was left), ``provider``; and where the cache is paged ``cache``: the largest
+        ``bytes`` that it held, all rows together, and of the row the share of its keys that was ``kept`` at its end.
 
     Raises:
         InputError: no engine there, a target that does not run here, an empty prompt, or what ``Engine`` refuses.
@@ -68,7 +73,12 @@ def generate(
     streams = [TextStream(tokenizer) for _ in rows]
     texts, tokens = [""] * len(rows), [list[int]() for _ in rows]
     stopped: list[str | None] = [None] * len(rows)
-    for step in engine.generate(rows, max_tokens, manifest.stop_ids, temperature, seed, chunk):
+    paged = engine if isinstance(engine, PagedEngine) else None
+    if pages is not None and paged is None:
+        raise InputError(f"{pages} pages for a dense cache", "an engine with a cache policy")
+    if paged is not None:
+        paged.limit_pages = pages
+    for step in _until_full(engine.generate(rows, max_tokens, manifest.stop_ids, temperature, seed, chunk), say):
         for i, token in enumerate(step.tokens):
             if token is None:
                 continue
@@ -82,7 +92,38 @@ def generate(
                 write(piece)
     if write:
         write("\n" if len(rows) == 1 else "".join(f"[{i}] {text}\n" for i, text in enumerate(texts)))
-    return [
-        {"prompt": p, "text": t, "prompt_tokens": len(r), "tokens": n, "stopped": s, "provider": engine.provider}
+    made: list[dict[str, Any]] = [
+        {
+            "prompt": p,
+            "text": t,
+            "prompt_tokens": len(r),
+            "tokens": n,
+            "stopped": s or "cache",
+            "provider": engine.provider,
+        }
         for p, t, r, n, s in zip(prompts, texts, rows, tokens, stopped, strict=True)
     ]
+    usage = None if paged is None else paged.usage
+    if usage is not None:
+        for one, share in zip(made, usage.kept.tolist(), strict=True):
+            one["cache"] = {"bytes": usage.bytes, "kept": round(share, 4)}
+        if say:
+            say(f"the cache held {usage.kept.mean():.1%} of the keys, {usage.bytes / 1e6:.1f} MB at most")
+    return made
+
+
+def _until_full(steps: Iterator[Step], say: Callable[[str], None] | None) -> Iterator[Step]:
+    """Steps until the cache is full: what was generated stays."""
+    first = True
+    while True:
+        try:
+            yield next(steps)
+        except StopIteration:
+            return
+        except CacheFull as full:
+            if first:
+                raise  # not even the prompt fits
+            if say:
+                say(str(full))
+            return
+        first = False

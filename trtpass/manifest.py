@@ -32,6 +32,7 @@ class PassRecord(_Strict):
     sites: int
     layers: list[int]
     near_misses: list[str] = []
+    warnings: list[str] = []
     pruned: float | None = None
 
 
@@ -95,6 +96,7 @@ class Manifest(_Strict):
     quality: Quality | None = None
     lowering: list[str] = []
     unbuilt: str = ""  # why there is no plan beside the graphs of a target that has plans
+    page: int | None = None  # slots of a page, where the cache is paged
     kernels: bool = True  # whether native kernels may be used, where they fit
     raised: dict[str, int] = {}
     near_misses: list[str] = []
@@ -177,7 +179,12 @@ def render(manifest: Manifest, folder: Path) -> Table:
             limit = record.options["min_tokens"] + record.options["window"]
             table.add_row("", f"rows of at most {limit} tokens stay dense (min_tokens + window)")
         if record.pruned is not None:
-            table.add_row("", f"{record.pruned:.1%} of the tokens dropped in those layers, in the check below")
+            what = "keys evicted from the cache" if manifest.page else "tokens dropped in those layers"
+            table.add_row("", f"{record.pruned:.1%} of the {what}, in the check below")
+        for warning in record.warnings:
+            table.add_row("warning", f"[yellow]{escape(warning)}[/]")
+    if manifest.page:
+        table.add_row("cache", f"paged per layer, row and KV head, pages of {manifest.page} slots")
     if not manifest.passes:
         table.add_row("pass", "none (dense)")
     table.add_row("target", manifest.target + (f" ({', '.join(manifest.sm)})" if manifest.sm else ""))

@@ -56,6 +56,15 @@ class PagedState(State):
         return share
 
 
+@dataclass
+class Usage:
+    """What a generation needed: the share of its keys that each row held at its end ``[B]``, and the most bytes of
+    pages that all rows together held after a step."""
+
+    kept: np.ndarray
+    bytes: int = 0
+
+
 class PagedEngine(Engine):
     """A prefill and a decode graph over a paged cache; see ``Engine.open``, which opens either kind."""
 
@@ -107,6 +116,7 @@ class PagedEngine(Engine):
             return state
         feeds = {"input_ids": padded(rows, lengths), "lengths": lengths, "free": state.pages.free()}
         made = self._call(PREFILL, feeds, state, ("logits", "page_table", "slot", "keep"))
+        self._decided(made["keep"])
         self._need_numbers(made["keep"], lengths)
         state.pages.fill(lengths, made["page_table"], made["slot"], made["keep"])
         state.logits = last(made["logits"], lengths)
@@ -135,6 +145,7 @@ class PagedEngine(Engine):
         keep = state.step["keep"]
         state.pages.settle(slot, keep, moving)
         state.logits = state.step["logits"][:, -1].astype(np.float32)
+        self._decided(keep)
         self._need_numbers(np.where(moving[None, :, None, None], keep, 1), np.ones_like(state.lengths))
         return state.logits
 
@@ -179,6 +190,7 @@ class PagedEngine(Engine):
             state.logits = np.where((part > 0)[:, None], logits, state.logits)
             slots.append(slot)
             keeps.append(made["keep"])
+            self._decided(made["keep"])
         if slots:
             keep = np.concatenate(keeps, -1)
             self._move(state, book.judge(counts, np.concatenate(slots, -1), keep))
@@ -191,11 +203,14 @@ class PagedEngine(Engine):
 
     def _steps(self, rows: Sequence[Sequence[int]], sampler: Sampler, chunk: int | None, slots: int) -> Iterator[Step]:
         state = self.prefill(rows, chunk, slots, self.limit_pages)
-        self.state = state
+        self.usage = usage = Usage(np.zeros(len(rows)))
         limit = slots if self.context is None else min(slots, self.context)
         while True:
             step = sampler.step(state.logits, state.lengths >= limit)
+            usage.bytes = max(usage.bytes, state.bytes_held)
             for row, reason in enumerate(step.stopped):
+                if reason is not None or sampler.active[row]:
+                    usage.kept[row] = state.kept()[:, row].mean()
                 if reason is not None:
                     self.release(state, row)
             yield step
@@ -203,8 +218,9 @@ class PagedEngine(Engine):
                 return
             self.decode(state, [token or 0 for token in step.tokens], sampler.active)
 
+    decisions: list[np.ndarray] | None = None  # where a list is put here, every call adds its int32 ``[L, B, Hkv, T]``
     limit_pages: int | None = None  # pages of each layer's pool in ``generate``; None has room for every key
-    state: PagedState | None = None  # of the last ``generate``, for its statistics
+    usage: Usage | None = None  # of the last ``generate``
 
     def _new_state(self, batch: int, slots: int, pages: int | None) -> PagedState:
         entries = -(-slots // self.page)
@@ -262,6 +278,10 @@ class PagedEngine(Engine):
             for role in ("key", "value"):
                 pool = state.cache[f"past.{move.layer}.{role}"]
                 pool[move.target] = pool[move.source]
+
+    def _decided(self, keep: np.ndarray) -> None:
+        if self.decisions is not None:
+            self.decisions.append(keep.copy())
 
     def _need_numbers(self, keep: np.ndarray, counts: np.ndarray) -> None:
         """Raises InputError where the policy's score of a valid token came out as NaN (it counts as kept)."""

@@ -11,8 +11,11 @@ import onnx_ir as ir
 from trtpass import io, rtx
 from trtpass.doctor import gpus
 from trtpass.errors import InputError
+from trtpass.paged_checks import paged_graphs
 from trtpass.passes.cache import insert_cache
+from trtpass.passes.cache_policy import CachePolicy
 from trtpass.passes.lower import Decision, counted
+from trtpass.passes.paged_cache import PAGE
 from trtpass.plan_process import PlanReport, Profile
 from trtpass.progress import Report
 
@@ -43,13 +46,21 @@ class Source:
     context: int
     logits: str
     dtype: str = "float16"
+    policy: CachePolicy | None = None
+    page: int = PAGE
 
     def graphs(self, lower: Callable[[ir.Model], ir.Model]) -> dict[str, ir.Model]:
         """Both phases, lowered. The cache has a fixed capacity, as TensorRT needs it."""
-        return {
-            phase: lower(insert_cache(model, phase, capacity=self.context, logits=self.logits))
-            for phase, model in (("prefill", self.rewritten), ("decode", self.dense))
-        }
+        return {phase: lower(graph) for phase, graph in self.phases(self.context).items()}
+
+    def phases(self, capacity: int | None = None) -> dict[str, ir.Model]:
+        """Both phases with their cache, canonical; ``capacity``: tokens of a row where shapes are fixed."""
+        if self.policy is None:
+            return {
+                phase: insert_cache(model, phase, capacity=capacity, logits=self.logits)
+                for phase, model in (("prefill", self.rewritten), ("decode", self.dense))
+            }
+        return paged_graphs(self.rewritten, self.dense, self.policy, self.page, self.logits, self.context)
 
 
 def write_plans(target: str, asked: Sequence[str], source: Source, work: Path, out: Path, report: Report) -> Plans:

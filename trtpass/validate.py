@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from trtpass import io, passes
-from trtpass.build import DENSE, Ladder, check_ladder, probe_for
+from trtpass.build import CARRIED, DENSE, Ladder, check_ladder, probe_for
 from trtpass.errors import CheckFailed, InputError
 from trtpass.manifest import Checks, Manifest, artifact
 from trtpass.passes import Pass, all_methods
+from trtpass.passes.kvzap import RECIPE_KEY
+from trtpass.passes.paged_cache import PAGE
 from trtpass.progress import Report, silent
 
 
-def pipeline_of(manifest: Manifest) -> list[Pass]:
-    """The passes of an engine, with the options that it was built with.
+def pipeline_of(manifest: Manifest, folder: Path) -> list[Pass]:
+    """The passes of the engine in ``folder``, with the options that it was built with.
 
     Raises:
         InputError: the manifest names a pass or an option that this version does not have.
@@ -25,8 +27,11 @@ def pipeline_of(manifest: Manifest) -> list[Pass]:
             raise InputError(
                 f"the manifest names pass '{record.name}'", f"one of {', '.join(all_methods())}", "build again"
             )
+        options = dict(record.options)
+        if options.get("weights") == CARRIED:
+            options["weights"] = str(folder / CARRIED)
         try:
-            steps.append(method(method.Options(**record.options)))
+            steps.append(method(method.Options(**options)))
         except TypeError as error:
             raise InputError(
                 f"the manifest's options of '{record.name}' do not fit: {error}", fix="build again"
@@ -68,13 +73,15 @@ def validate(folder: Path, model: str | None = None, report: Report = silent) ->
     manifest = Manifest.read(folder)
     report("hashing", 0.05)
     verify_files(folder, manifest)
-    steps = pipeline_of(manifest)
+    steps = pipeline_of(manifest, folder)
     loaded = resolve(model or manifest.origin).load()
     dense = io.load(folder / DENSE)
+    dense.metadata_props[RECIPE_KEY] = manifest.model
     rewritten = dense.clone()
     results = passes.run(rewritten, steps)
     probe = probe_for(loaded, dense, steps)
-    ladder = Ladder(folder, dense, rewritten, steps, results, probe, loaded.module, loaded.onnx)
+    page = manifest.page or PAGE
+    ladder = Ladder(folder, dense, rewritten, steps, results, probe, loaded.module, loaded.onnx, page=page)
     manifest.checks = check_ladder(ladder, manifest.target, report, manifest.kernels, manifest.unbuilt)
     temporary = folder / ".manifest.json"
     temporary.write_text(manifest.model_dump_json(indent=2) + "\n")

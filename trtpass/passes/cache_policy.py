@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from trtpass import layers
@@ -119,6 +120,13 @@ class CachePolicy(Pass):
     def files(self) -> Mapping[str, Any]:
         """Option -> file that the pass reads, so that an engine can carry it."""
         return {}
+
+    def distance(self, score: np.ndarray, keep: np.ndarray) -> np.ndarray:
+        """How far each score is from what separates kept from evicted, all ``[B, Hkv, S]``: relative to the lowest
+        score that is kept."""
+        cut = np.where(keep != 0, score, np.inf).min(-1, keepdims=True)
+        away: np.ndarray = np.abs(score - cut) / np.maximum(np.abs(cut), 1e-30)
+        return away
 
     @abc.abstractmethod
     def insert(self, model: ir.Model, anchors: Anchors, block: AttentionBlock) -> dict[str, ir.Value]:

@@ -117,6 +117,11 @@ class KVzap(CachePolicy):
             return (f"threshold=inf evicts every key that leaves the window of {self.options.window}",)
         return ()
 
+    def distance(self, score: np.ndarray, keep: np.ndarray) -> np.ndarray:
+        """In units of the score, a natural logarithm."""
+        away: np.ndarray = np.abs(score - self.options.threshold)
+        return away
+
     def insert(self, model: ir.Model, anchors: Anchors, block: AttentionBlock) -> dict[str, ir.Value]:
         graph, hidden = model.graph, block.qkv_input
         if hidden is None:  # excluded by requires

@@ -303,12 +303,13 @@ class _Builder:
         made = []
         for name in names:
             parts = []
+            own = [BATCH, self.heads, "entries" if name == "page_table" else TOKENS]
             for layer, value in enumerate(self._stacks[name]):
-                shape = [1, *list(value.shape or [])]
+                shape = [1, *own]
                 parts.append(
                     self.put("Unsqueeze", [value, self.fixed("axis0", [0])], f"{name}.{layer}.one", I32, shape)
                 )
-            shape = [self.layers, *list(self._stacks[name][0].shape or [])]
+            shape = [self.layers, *own]
             made.append(self.put("Concat", parts, f"{name}.all", I32, shape, axis=0))
             made[-1].name = name
         return made

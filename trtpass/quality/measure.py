@@ -58,7 +58,7 @@ def measure_plan(
     started = time.monotonic()
     plots.need()
     manifest = Manifest.read(folder)
-    pipeline = pipeline_of(manifest)
+    pipeline = pipeline_of(manifest, folder)
     selecting = _selecting(pipeline)
     verify_files(folder, manifest)
     dense = io.load(folder / DENSE)
