@@ -49,8 +49,8 @@ class Scores:
     hidden: Tensor
 
 
-def prompt_parts(tokenizer: Any, context: str) -> tuple[list[int], list[int], list[int]]:
-    """Token ids of prefix, context and bridge, in the tokenizer's chat form where it has one.
+def prompt_parts(tokenizer: Any, context: str, chat: bool = True) -> tuple[list[int], list[int], list[int]]:
+    """Token ids of prefix, context and bridge; with ``chat`` in the tokenizer's chat form where it has one.
 
     Raises:
         InputError: a context without tokens.
@@ -59,7 +59,7 @@ def prompt_parts(tokenizer: Any, context: str) -> tuple[list[int], list[int], li
     if not ids:
         raise InputError("the context has no tokens", "some text")
     before, after = "", INSTRUCTION + "\n\n"
-    if getattr(tokenizer, "chat_template", None):
+    if chat and getattr(tokenizer, "chat_template", None):
         mark = "\x00context\x00"
         turns = [{"role": "user", "content": mark + INSTRUCTION}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
