@@ -3,13 +3,16 @@
 ``dynamic`` scatters the rows that go somewhere, straight into the pool: ONNX Runtime's ScatterND copies nothing where
 its input and output are bound to the same memory, so a decode step touches one row of each owner.
 
-``static`` cannot leave rows out: the pool gets one more row behind it, which takes what goes nowhere.
+``static`` cannot leave rows out, so a row that goes nowhere repeats what the first one that goes somewhere writes: the
+same values at the same place. If none does, the first row of the pool is written over itself. (A row behind the pool
+that takes them would cost two more copies of the pool in each layer.)
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from onnx.helper import make_tensor
 from onnxscript import BOOL, script
 
 from plugins._body import TRTPASS, Floats, Int32, Int64, op
@@ -56,17 +59,24 @@ def write_in_place(pages: Floats, new: Floats, slot: Int32, page_table: Int32) -
 def write_all(pages: Floats, new: Floats, slot: Int32, page_table: Int32) -> Floats:
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
-    minus = op.Constant(value_ints=[-1])
-    page_size = op.Shape(pages, start=1, end=2)  # [1]: Z
-    width = op.Shape(pages, start=2, end=3)  # [1]: D
-    rows = op.Shape(pages, start=0, end=1) * page_size  # [1]: P Z
+    flat = op.Constant(value_ints=[-1])
+    column = op.Constant(value_ints=[-1, 1])
     page, row, goes = places(pages, slot, page_table)
-    target = op.Where(goes, page * page_size + row, rows)  # the row behind the pool takes the rest
+    index = op.Concat(op.Reshape(page, column), op.Reshape(row, column), axis=1)  # [N, 2], N = B Hkv S
+    rows = op.Reshape(new, op.Concat(flat, op.Shape(pages, start=2, end=3), axis=0))  # [N, D]
+    # Behind them the first row of the pool, where it has one, and its place.
+    axes = op.Constant(value_ints=[0, 1])
+    start, end = op.Constant(value_ints=[0, 0]), op.Constant(value_ints=[1, 1])
+    head = op.Slice(pages, start, end, axes)  # [min(P, 1), 1, D]
+    values = op.Concat(rows, op.Squeeze(head, one), axis=0)  # [N + 1, D]
+    targets = op.Concat(index, op.Constant(value=make_tensor("origin", 7, [1, 2], [0, 0])), axis=0)  # [N + 1, 2]
 
-    flat = op.Reshape(pages, op.Concat(rows, width, axis=0), allowzero=1)
-    bin_ = op.Expand(op.CastLike(0.0, pages), op.Concat(one, width, axis=0))
-    update = op.Reshape(new, op.Concat(minus, width, axis=0))
-    index = op.Reshape(target, op.Constant(value_ints=[-1, 1]))
-    scattered = op.ScatterND(op.Concat(flat, bin_, axis=0), index, update)
-    kept = op.Slice(scattered, zero, rows, zero)
-    return op.Reshape(kept, op.Shape(pages), allowzero=1)
+    number = op.Cast(op.Shape(rows, start=0, end=1), to=6)  # [1]: N
+    none = op.Cast(op.Constant(value_int=0), to=6)
+    each = op.Range(none, op.Squeeze(number), op.Cast(op.Constant(value_int=1), to=6))  # [N]
+    real = op.Reshape(goes, flat)
+    first = op.ReduceMin(op.Concat(op.Where(real, each, number), number, axis=0), zero)  # [1]: N if none goes
+    taken = op.Where(real, each, first)
+    # Into a pool without pages nothing is written.
+    taken = op.Slice(taken, zero, op.Shape(taken) * op.Min(op.Shape(pages, start=0, end=1), one), zero)
+    return op.ScatterND(pages, op.Gather(targets, taken), op.Gather(values, taken))
