@@ -88,7 +88,9 @@ def paged_engine(dense: ir.Model, policy: CachePolicy | None, target: str = "cpu
     rewritten = dense.clone()
     if policy is None:
         options = {"page": page, "window": 128, "sinks": 4}
-        graphs = {phase: insert_paged_cache(dense, PagedCacheOptions(phase, **options)) for phase in ("prefill", "decode")}
+        graphs = {
+            phase: insert_paged_cache(dense, PagedCacheOptions(phase, **options)) for phase in ("prefill", "decode")
+        }
     else:
         policy(rewritten)
         graphs = Source(dense, rewritten, 8192, "last", policy=policy, page=page).phases()
