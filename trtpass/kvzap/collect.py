@@ -118,7 +118,8 @@ class Work:
 
     def remove(self) -> None:
         """Remove what a fit writes here, and the folder if nothing else is in it."""
-        for file in [*self.folder.glob("*.safetensors"), *self.folder.glob(".*.tmp"), self.folder / _MANIFEST]:
+        patterns = ("fitted-*.safetensors", "held-*.safetensors", ".*.safetensors.*.tmp", _MANIFEST)
+        for file in [file for pattern in patterns for file in self.folder.glob(pattern)]:
             file.unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()

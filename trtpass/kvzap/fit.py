@@ -1,14 +1,14 @@
 """``trtpass fit kvzap``: fit a surrogate to log KVzip+ scores, and measure it on text that it was not fitted on.
 
-Linear: ridge regression on standardised features, from normal equations in float64, streamed over contexts. MLP: E / 8
-hidden units, exact GELU, mean squared error, AdamW 5e-3, batch 512, 15 epochs, cosine (KVzap, arXiv 2601.07891).
-Standardisation is folded into the weights.
+Linear: ridge regression from normal equations in float64, streamed over contexts, its strength chosen for each layer
+by cross-validation over contexts. MLP: E / 8 hidden units, exact GELU, mean squared error, AdamW 5e-3, batch 512, 15
+epochs, cosine (KVzap, arXiv 2601.07891); inputs are standardised, which is folded into the weights.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 CONTEXTS = 48
-RIDGE = 1e-3  # of each feature's variance
+RIDGE = (1e-4, 1e-3, 1e-2, 0.05, 0.2, 1.0)  # strengths to choose from, in units of the features' mean variance
+FOLDS = 4
 LEARNING_RATE, BATCH, EPOCHS = 5e-3, 512, 15
 PAIRS = 1 << 18  # tokens that an MLP is fitted on at most, drawn from all
 _COLLECTING = 0.8  # share of the work, for the progress bar
@@ -140,32 +141,45 @@ def _kind(request: Request) -> Kind:
     raise InputError(f"--kind {request.kind}", f"one of {', '.join(get_args(Kind))}")
 
 
-def ridge(pairs: Pairs, strength: float = RIDGE) -> dict[str, np.ndarray]:
+def ridge(pairs: Pairs, strengths: Sequence[float] = RIDGE) -> dict[str, np.ndarray]:
     """Weights of one layer: ``weight [Hkv, E]``, ``bias [Hkv]``, float32. Sums are float64; no context is kept.
 
     Args:
-        pairs: of each context.
-        strength: added to the correlation matrix's diagonal, which is 1: a feature's scale does not matter.
+        pairs: of each context; two neighbours belong to one fold.
+        strengths: times the features' mean variance, added to the variances. The one with the least squared error over
+            the folds, each predicted from the others, is taken; the first where there is only one fold.
     """
-    moments, heads = np.zeros((0, 0)), 0
-    for hidden, score in pairs:
+    folds: list[np.ndarray] = []  # second moments of (1, x, y), summed
+    heads = 0
+    for number, (hidden, score) in enumerate(pairs):
         heads = score.shape[1]
         z = np.concatenate([np.ones((len(hidden), 1)), hidden, score], 1, dtype=np.float64)  # [T, 1 + E + Hkv]
-        product = z.T @ z
-        moments = moments + product if moments.size else product
-    if not moments.size:
+        fold = number // 2 % FOLDS
+        if fold == len(folds):
+            folds.append(np.zeros((z.shape[1], z.shape[1])))
+        folds[fold] += z.T @ z
+    if not folds:
         raise InputError("there is nothing to fit on", "one context or more")
-    moments /= moments[0, 0]
+    whole = np.sum(folds, 0)
+    errors = [0.0] * len(strengths)
+    for fold_moments in folds if len(folds) > 1 else []:
+        for number, strength in enumerate(strengths):
+            beta = _solved(whole - fold_moments, heads, strength)
+            residual = np.concatenate([-beta, np.eye(heads)])  # y - (1, x) beta, from (1, x, y)
+            errors[number] += float(np.einsum("ih,ij,jh->", residual, fold_moments, residual))
+    beta = _solved(whole, heads, strengths[int(np.argmin(errors))])
+    return {"weight": beta[1:].T.astype(np.float32), "bias": beta[0].astype(np.float32)}
+
+
+def _solved(moments: np.ndarray, heads: int, strength: float) -> np.ndarray:
+    """Coefficients `[1 + E, Hkv]` of (1, x) from the summed second moments of (1, x, y)."""
+    moments = moments / moments[0, 0]
     centred = moments[1:, 1:] - np.outer(moments[0, 1:], moments[0, 1:])
     mean, level = moments[0, 1:-heads], moments[0, -heads:]
     covariance = centred[:-heads, :-heads]
-    scale = np.sqrt(np.maximum(covariance.diagonal(), 0))
-    scale[scale < 1e-7 * np.abs(mean) + 1e-30] = np.inf  # a constant predicts nothing
-    correlation = covariance / np.outer(scale, scale)
-    target = centred[:-heads, -heads:] / scale[:, None]
-    system = correlation + np.diag(np.where(np.isinf(scale), 1.0, strength))
-    weight = np.linalg.solve(system, target) / scale[:, None]  # [E, Hkv]
-    return {"weight": weight.T.astype(np.float32), "bias": (level - mean @ weight).astype(np.float32)}
+    added = strength * covariance.diagonal().mean() + 1e-30  # where nothing varies, no weight
+    weight = np.linalg.solve(covariance + added * np.eye(len(covariance)), centred[:-heads, -heads:])
+    return np.concatenate([(level - mean @ weight)[None], weight])
 
 
 def perceptron(pairs: Pairs, seed: int) -> dict[str, np.ndarray]:
