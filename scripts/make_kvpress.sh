@@ -12,7 +12,7 @@ if [[ ! -x .venv/bin/python ]]; then
         "make setup, then make kvpress again" >&2
     exit 2
 fi
-[[ -x .venv-kvpress/bin/python ]] || .venv/bin/python -m venv --without-pip .venv-kvpress
+.venv/bin/python -m venv --without-pip --clear .venv-kvpress # pip comes from .venv, too
 packages=$(.venv-kvpress/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 name=$(basename "$(dirname "$packages")") # python3.11
 printf '%s\n' "../../../../.venv/lib/$name/site-packages" ../../../.. >"$packages/zz_trtpass.pth" # relative to itself
