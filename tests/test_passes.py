@@ -33,7 +33,8 @@ def test_every_file_of_the_folder_was_looked_into() -> None:
     for info in pkgutil.iter_modules(trtpass.passes.__path__):
         module = __import__(f"trtpass.passes.{info.name}", fromlist=["_"])
         for item in vars(module).values():
-            if isinstance(item, type) and issubclass(item, Pass) and item.__module__ == module.__name__:
+            own = isinstance(item, type) and issubclass(item, Pass) and item.__module__ == module.__name__
+            if own and not item.__abstractmethods__:
                 assert (item.name in all_methods()) == item.method
 
 

@@ -68,13 +68,14 @@ class Usage:
 class PagedEngine(Engine):
     """A prefill and a decode graph over a paged cache; see ``Engine.open``, which opens either kind."""
 
-    def __init__(self, sources: Mapping[str, Source], provider: str, threads: int | None, context: int | None) -> None:
-        super().__init__(sources, provider, threads, context)
+    def __init__(
+        self, sources: Mapping[str, Source], provider: str, threads: int | None, context: int | None, decode: Any
+    ) -> None:
+        super().__init__(sources, provider, threads, context, decode)
         if self.provider != "CPUExecutionProvider":
             raise InputError(
                 f"a paged cache on {self.provider}", "the CPU provider: pages are moved by the host", "use provider cpu"
             )
-        decode = self._session(DECODE)
         stated = decode.get_modelmeta().custom_metadata_map
         self.page, self.window, self.sinks = (int(stated[key]) for key in (PAGE_KEY, WINDOW_KEY, SINKS_KEY))
         held = next(item for item in decode.get_inputs() if item.name == "held")
@@ -265,12 +266,6 @@ class PagedEngine(Engine):
         for name, array in {**state.step, **held}.items():
             bind = state.binding.bind_output if name in ("keep", "logits") else state.binding.bind_input
             bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-    def _run_bound(self, phase: str, binding: Any, names: tuple[str, ...] = ()) -> None:
-        try:
-            self._session(phase, names).run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime raises a type of its own for every status
-            raise InputError(f"the {phase} graph failed: {error}") from error
 
     def _move(self, state: PagedState, moves: Sequence[Moves]) -> None:
         """Copy rows within the pools: all are read before any is written."""

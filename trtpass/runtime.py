@@ -41,11 +41,12 @@ class State:
 class Engine:
     """A prefill and a decode graph, opened on one provider; see ``Engine.open``."""
 
-    def __init__(self, sources: Mapping[str, Source], provider: str, threads: int | None, context: int | None) -> None:
-        self.provider = provider_name(provider)
+    def __init__(
+        self, sources: Mapping[str, Source], provider: str, threads: int | None, context: int | None, decode: Any
+    ) -> None:
+        self.provider = provider
         self._sources, self._threads = dict(sources), threads
-        self._sessions: dict[str, Any] = {}
-        decode = self._session(DECODE)
+        self._sessions: dict[str, Any] = {_key(DECODE): decode}
         inputs = {item.name: item for item in decode.get_inputs()}
         self.cache_inputs = tuple(name for name in inputs if name.startswith("past."))
         if not self.cache_inputs or not self.inputs <= inputs.keys():
@@ -101,8 +102,10 @@ class Engine:
             raise InputError(f"an engine without {' and '.join(missing)}", "a prefill and a decode graph")
         from trtpass.paged import PagedEngine, is_paged
 
-        kind = PagedEngine if is_paged(properties(source[DECODE])) else Engine
-        return kind(source, provider, threads, context)
+        provider = provider_name(provider)
+        decode = open_session(source[DECODE], provider, threads)
+        kind = PagedEngine if is_paged(decode.get_modelmeta().custom_metadata_map) else Engine
+        return kind(source, provider, threads, context, decode)
 
     @cached_property
     def whole_prompt(self) -> str:
@@ -237,7 +240,7 @@ class Engine:
         return self._run(PREFILL, padded(rows, lengths), {"lengths": lengths}, state, None, tuple(names))
 
     def _session(self, phase: str, names: tuple[str, ...] = ()) -> Any:
-        key = f"{phase}:{','.join(names)}"
+        key = _key(phase, names)
         if key not in self._sessions:
             self._sessions[key] = open_session(self._sources[phase], self.provider, self._threads, names)
         return self._sessions[key]
@@ -267,12 +270,21 @@ class Engine:
         wanted = tuple(dict.fromkeys(("logits", *names)))
         for name in wanted:
             binding.bind_output(name, "cpu")
-        try:
-            session.run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime raises a type of its own for every status
-            raise InputError(f"the {phase} graph failed: {error}") from error
+        self._run_bound(phase, binding, names)
         made = binding.get_outputs()[-len(wanted) :]  # in the order of binding
         return {name: np.array(value.numpy()) for name, value in zip(wanted, made, strict=True)}
+
+    def _run_bound(self, phase: str, binding: Any, names: tuple[str, ...] = ()) -> None:
+        """Run what is bound. After a prefill the memory of its activations goes back: decoding needs little of it."""
+        import onnxruntime as ort
+
+        options = ort.RunOptions()
+        if phase == PREFILL and self.provider == "CPUExecutionProvider":
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        try:
+            self._session(phase, names).run_with_iobinding(binding, options)
+        except Exception as error:  # onnxruntime raises a type of its own for every status
+            raise InputError(f"the {phase} graph failed: {error}") from error
 
     def _new_cache(self, batch: int, slots: int) -> dict[str, Any]:
         """Zeros: a slot never written must not hold a NaN, which would pass through a masked product."""
@@ -358,6 +370,10 @@ class Engine:
                 "whole prompts: the method selects by the last queries, which an early chunk does not have",
                 "leave out chunk, or build a dense engine",
             )
+
+
+def _key(phase: str, names: tuple[str, ...] = ()) -> str:
+    return f"{phase}:{','.join(names)}"
 
 
 def padded(rows: Sequence[Sequence[int]], lengths: np.ndarray) -> np.ndarray:

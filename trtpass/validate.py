@@ -31,10 +31,11 @@ def pipeline_of(manifest: Manifest, folder: Path) -> list[Pass]:
         if options.get("weights") == CARRIED:
             options["weights"] = str(folder / CARRIED)
         try:
-            steps.append(method(method.Options(**options)))
-        except TypeError as error:
+            steps.append(method.described(options))
+        except (InputError, TypeError) as error:
+            words = error.found if isinstance(error, InputError) else str(error)
             raise InputError(
-                f"the manifest's options of '{record.name}' do not fit: {error}", fix="build again"
+                f"the manifest's options of '{record.name}' do not fit: {words}", fix="build again"
             ) from error
     return steps
 

@@ -25,6 +25,10 @@ NAMES = {
     "tsa.overhead": "scoring, budget and selection as a share of dense attention",
     "tsa.prefill": "whole prefill of an engine's model, rewritten against dense",
     "ragged.decode": "a decode step over what each head holds, in pages, against one over the whole context",
+    "kvzap.bytes": "memory of a paged cache at an engine's threshold: pages held, and the whole process",
+    "kvzap.decode": "whole-model decode over what a policy keeps, against the dense engine, and against kvpress",
+    "kvzap.attention": "attention alone of such a step, by kernel and by body, against the fastest dense one",
+    "kvzap.scorer": "scoring as a share of the products with weights",
     "scc.components": "merging by connected components, whole, against NumPy and scipy, and its products alone",
     "gpu.attention": "one layer in a TensorRT plan on a GPU, ours against TensorRT's own dense attention, 4K to 128K",
     "compile.passes": "time and memory of all passes on a 36-layer, 8B-shaped graph",
@@ -92,6 +96,8 @@ def run(
             records += ragged.run(machine, repeats)
         else:
             note(f"ragged.decode left out: {library}")
+    if kvzap := [name for name in chosen if name.startswith("kvzap.")]:
+        records += _kvzap(kvzap, bool(names), machine, repeats, engine, note)
     if "scc.components" in chosen:
         from trtpass import native
         from trtpass.bench import merging
@@ -131,6 +137,30 @@ def run(
 
 
 _BUILD = "run make engine MODEL=smollm2-135m (its weights come with make setup), or give --engine"
+
+
+def _kvzap(
+    chosen: Sequence[str],
+    asked: bool,
+    machine: Machine,
+    repeats: int,
+    engine: Path | None,
+    note: Callable[[str], None],
+) -> list[Record]:
+    """Benchmarks of an engine with a cache policy: the one given, else the newest."""
+    from trtpass.bench import cache_memory, kvzap
+
+    found = [file.parent for file in ENGINES.glob("*/*/policy.safetensors")]
+    folder = engine or max(found, key=lambda folder: folder.stat().st_mtime, default=None)
+    if folder is None:
+        if asked:
+            raise InputError(f"{chosen[0]} needs an engine with a cache policy", "its folder", kvzap.BUILD)
+        note(f"{', '.join(chosen)} left out: there is no engine with a cache policy; {kvzap.BUILD}")
+        return []
+    records = kvzap.run([n for n in chosen if n in kvzap.NAMES], folder, machine, repeats, note)
+    if "kvzap.bytes" in chosen:
+        records += cache_memory.run(folder, machine, kvzap.LENGTHS, note)
+    return records
 
 
 def _engine(given: Path | None) -> Path | None:

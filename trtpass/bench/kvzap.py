@@ -87,6 +87,8 @@ def run(
         InputError: no engine with a policy, or a length beyond its context.
         CheckFailed: a result is wrong.
     """
+    if not names:
+        return []
     sides = open_sides(folder, machine.threads)
     longest = max(lengths)
     if any(tokens % WHOLE for tokens in lengths):
@@ -135,7 +137,7 @@ def _decode(
     if not (np.isfinite(ours.logits).all() and np.isfinite(dense.logits).all()):
         raise InputError("decoded logits are not finite", "finite weights")
     weights = sum(v.const_value.nbytes for v in sides.model.graph.initializers.values() if v.const_value is not None)
-    keys = dense_bytes(sides, int(dense.lengths[0]))
+    keys = dense_bytes(sides.model, int(dense.lengths[0]))
     held = keys * float(ours.kept().mean())
     limit = (weights + keys) / (weights + held)
     rates = {"tokens/s": round(1 / float(np.median(seconds[0])), 2)}
@@ -146,9 +148,9 @@ def _decode(
     return records
 
 
-def dense_bytes(sides: Sides, tokens: int) -> int:
+def dense_bytes(dense: ir.Model, tokens: int) -> int:
     """Bytes of keys and values of all layers, one row, all kept, in float32."""
-    return sum((b.head_dim + b.v_head_dim) * b.kv_heads * 4 for b in find(sides.model).blocks) * tokens
+    return sum((b.head_dim + b.v_head_dim) * b.kv_heads * 4 for b in find(dense).blocks) * tokens
 
 
 def _attention(

@@ -51,6 +51,9 @@ LIMITS = {
     "tsa.prefill": "1 / (1 - a + a c): a = share of dense prefill that is attention of sparse layers, "
     "c = 1 / limit of tsa.attention",
     "ragged.decode": "dense keys / held keys: bytes of K and V that a step must read, all layers and heads together",
+    "kvzap.bytes": "1 / share of the keys that are kept, as held by each head",
+    "kvzap.decode": "(weights + dense K and V) / (weights + held K and V): bytes that a step must read",
+    "kvzap.attention": "as ragged.decode",
     "scc.components": "baseline's time / time of the products alone at the matmul peak: half of each square of "
     "similarities, and tokens times final rows",
     "compile.passes": "none; aims: 10 s and 1 GB",

@@ -10,6 +10,7 @@ import abc
 import dataclasses
 import difflib
 import importlib
+import math
 import pkgutil
 import types
 import typing
@@ -97,8 +98,24 @@ class Pass(abc.ABC):
         return result
 
     def describe(self) -> dict[str, Any]:
-        """The options as plain values for a manifest."""
-        return {f.name: getattr(self.options, f.name) for f in dataclasses.fields(self.options)}
+        """The options as plain values for a manifest; infinities, which JSON does not have, as text."""
+        values = {f.name: getattr(self.options, f.name) for f in dataclasses.fields(self.options)}
+        return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+    @classmethod
+    def described(cls, values: dict[str, Any]) -> Pass:
+        """The pass that ``describe`` described.
+
+        Raises:
+            InputError: options that it does not have.
+        """
+        hints = typing.get_type_hints(cls.Options)
+        unknown = set(values) - set(hints)
+        if unknown:
+            raise InputError(f"options {', '.join(sorted(unknown))} of pass '{cls.name}'", ", ".join(hints))
+        return cls(cls.Options(**{
+            k: _convert(cls.name, k, v, hints[k]) if isinstance(v, str) else v for k, v in values.items()
+        }))  # fmt: skip
 
 
 def need_blocks(anchors: Anchors, name: str) -> None:
