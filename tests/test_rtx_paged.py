@@ -20,7 +20,7 @@ from trtpass.passes.paged_cache import PagedCacheOptions, insert_paged_cache
 LAYERS, HEADS, WIDTH = 2, 2, 96  # of tests/families.py
 PAGE, ENTRIES, BATCH, TOKENS = 16, 4, 2, 40
 POOL = BATCH * HEADS * ENTRIES
-PLANS = {  # snapkv keeps all that is decoded
+PLANS = {  # snapkv keeps all that is decoded; the pools of qwen3 have fixed sizes
     "prefill": ("qwen3:kvzap", "llama:kvzap-mlp", "llama:streaming-llm", "llama:snapkv", "llama:random-kv"),
     "decode": ("qwen3:kvzap", "llama:kvzap-mlp", "llama:snapkv"),
 }
@@ -29,17 +29,19 @@ builds = pytest.mark.tensorrt
 
 @pytest.fixture
 def graph(tiny_export: Callable[[str], Exported], tmp_path: Path) -> Callable[..., ir.Model]:
-    """``graph(phase, policy, family)``: a tiny model's graph of one phase, its pools of fixed size, with a policy."""
+    """``graph(phase, policy, family)``: a tiny model's graph of one phase, with a policy; ``fixed``: sizes of pools."""
 
-    def make(phase: str, policy: str = "kvzap", family: str = "llama", threshold: float = 0.0) -> ir.Model:
+    def make(
+        phase: str, policy: str = "kvzap", family: str = "llama", threshold: float = 0.0, fixed: bool = True
+    ) -> ir.Model:
         model = tiny_export(family).model.clone()
         canonicalize(model)
         name, _, kind = policy.partition("-") if policy.startswith("kvzap") else (policy, "", "")
         options = f",weights={surrogate(tmp_path, kind == 'mlp')},threshold={threshold}" if name == "kvzap" else ""
         if phase == "prefill" or name != "snapkv":
             passes.parse(f"{name}:window=8,sinks=2{options}")(model)
-        fixed = PagedCacheOptions(phase, PAGE, window=8, sinks=2, logits="all", pages=POOL, entries=ENTRIES)
-        return insert_paged_cache(model, fixed)
+        pools = {"pages": POOL, "entries": ENTRIES} if fixed else {}
+        return insert_paged_cache(model, PagedCacheOptions(phase, PAGE, window=8, sinks=2, logits="all", **pools))
 
     return make
 
@@ -57,13 +59,15 @@ def surrogate(folder: Path, mlp: bool) -> Path:
 
 
 def sizes(model: ir.Model, tokens: int, batch: int) -> dict[str, tuple[list[int], list[int], list[int]]]:
-    """The profile of a graph: shapes of each dynamic input at 1 row and token, in between, and at most."""
+    """The profile of a graph: shapes of each dynamic input at 1 row, token and page, in between, and at most."""
+    cache = [{"pages": n, "free": n, "entries": m} for n, m in ((1, 1), (POOL, ENTRIES), (POOL, ENTRIES))]
+    calls = [{"batch": n, "tokens": t} for n, t in ((1, 1), (1, min(tokens, 8)), (batch, tokens))]
     found = {}
     for value in model.graph.inputs:
         shape = list(value.shape or [])
         if not all(isinstance(d, int) for d in shape):
-            named = [{"batch": n, "tokens": t, "free": POOL} for n, t in ((1, 1), (1, min(tokens, 8)), (batch, tokens))]
-            made = [[d if isinstance(d, int) else of[str(d.value)] for d in shape] for of in named]  # type: ignore[union-attr]
+            of = [{**one, **two} for one, two in zip(cache, calls, strict=True)]
+            made = [[d if isinstance(d, int) else known[str(d.value)] for d in shape] for known in of]
             found[str(value.name)] = (made[0], made[1], made[2])
     return found
 
@@ -148,7 +152,7 @@ def _package() -> None:
 def test_plans_with_a_paged_cache(graph: Callable[..., ir.Model], phase: str, which: str, tmp_path: Path) -> None:
     """For every architecture, all inputs in use; a decode plan takes chunks of a prompt too."""
     family, policy = which.split(":")
-    model = rtx.lower(graph(phase, policy, family))
+    model = rtx.lower(graph(phase, policy, family, fixed=family == "qwen3"))
     report = rtx.build_plan(written(model, tmp_path), tmp_path / "a.plan", profile=sizes(model, TOKENS, BATCH))
     assert report.compute_capabilities == rtx.SMS
     assert (report.attentions, report.decomposed) == (LAYERS, False)
