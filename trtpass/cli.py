@@ -220,11 +220,12 @@ def validate_command(
     with bar("validating") as report:
         checks = validate(engine, model, report)
     if quality:
-        from trtpass.quality import measure
+        from trtpass.quality import cache, measure
         from trtpass.quality import render as render_quality
 
         with bar("quality") as report:
-            measured = measure(engine, text=text, short=short, report=report)
+            paged = Manifest.read(engine).page is not None
+            measured = (cache.measure if paged else measure)(engine, text=text, short=short, report=report)
         if not json:
             _print(measured, False, render_quality)
     manifest = Manifest.read(engine)

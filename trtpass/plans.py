@@ -15,7 +15,7 @@ from trtpass.paged_checks import paged_graphs
 from trtpass.passes.cache import insert_cache
 from trtpass.passes.cache_policy import CachePolicy
 from trtpass.passes.lower import Decision, counted
-from trtpass.passes.paged_cache import PAGE
+from trtpass.passes.paged_cache import KIND_KEY, PAGE, PAGE_KEY, PAGED
 from trtpass.plan_process import PlanReport, Profile
 from trtpass.progress import Report
 
@@ -111,7 +111,7 @@ def _rtx(sm: tuple[str, ...], source: Source, work: Path, out: Path, report: Rep
             work / f"{phase}.onnx",
             work / f"{phase}.plan",
             compute_capabilities=sm,
-            profile=_profile(graphs[phase], _tokens(phase, source.context)[-1]),
+            profile=_profile(graphs[phase], _tokens(phase, source.context)[-1], source.context),
             progress=_progress(report, phase, step),
         )
         notes.append(_built(phase, built))
@@ -150,7 +150,7 @@ def _tensorrt(sm: tuple[str, ...], source: Source, work: Path, out: Path, report
         built = builder.build_plan(
             work / f"{phase}.onnx",
             work / f"{phase}.plan",
-            profiles=[_profile(graph, tokens) for tokens in _tokens(phase, source.context)],
+            profiles=[_profile(graph, tokens, source.context) for tokens in _tokens(phase, source.context)],
             cache=out / TIMINGS,
             progress=_progress(report, phase, step),
         )
@@ -181,15 +181,21 @@ def _tokens(phase: str, context: int) -> list[tuple[int, int, int]]:
     return [(1, 1, 1), (1, 1, min(context, CHUNK))]
 
 
-def _profile(model: ir.Model, tokens: tuple[int, int, int]) -> Profile:
-    """(min, opt, max) shapes of every dynamic input."""
-    profile = {}
-    for value in model.graph.inputs:
-        shape = list(value.shape or [])
-        if all(isinstance(d, int) for d in shape):
-            continue
-        profile[str(value.name)] = tuple(
-            [d if isinstance(d, int) else (BATCH[i] if axis == 0 else tokens[i]) for axis, d in enumerate(shape)]
-            for i in range(3)
-        )
-    return profile  # type: ignore[return-value]
+def _profile(model: ir.Model, tokens: tuple[int, int, int], context: int) -> Profile:
+    """(min, opt, max) shapes of every dynamic input, by the names of its sizes.
+
+    A paged cache has room for all tokens of all rows at most: the host makes its pool as small as it likes.
+    """
+    sizes = {"batch": BATCH, "tokens": tokens}
+    inputs = {str(value.name): list(value.shape or []) for value in model.graph.inputs}
+    if model.metadata_props.get(KIND_KEY) == PAGED:
+        held = next(v for v in model.graph.outputs if v.name == "keep").shape
+        heads = int(held[2])  # type: ignore[index, arg-type]
+        entries = -(-context // int(model.metadata_props[PAGE_KEY]))
+        pages = (1, BATCH[1] * heads * entries, BATCH[2] * heads * entries)
+        sizes |= {"entries": (1, entries, entries), "pages": pages, "free": pages}
+    return {  # type: ignore[return-value]
+        name: tuple([d if isinstance(d, int) else sizes[str(d.value)][i] for d in shape] for i in range(3))
+        for name, shape in inputs.items()
+        if not all(isinstance(d, int) for d in shape)
+    }

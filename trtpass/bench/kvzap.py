@@ -30,6 +30,7 @@ from trtpass.errors import InputError
 from trtpass.manifest import Manifest
 from trtpass.paged import PagedEngine, PagedState
 from trtpass.passes.cache import insert_cache
+from trtpass.passes.logits import lm_head
 from trtpass.passes.lower import lower
 from trtpass.runtime import DECODE, PREFILL, Engine, State
 
@@ -260,10 +261,9 @@ def _flops_share(dense: ir.Model, folder: Path) -> float:
 
     weights = Surrogate.load(folder / CARRIED).arrays()
     scorer = sum(array.size for name, array in weights.items() if name.endswith("weight"))
-    used = {node.inputs[1].name for node in dense.graph if node.op_type == "MatMul" and node.inputs[1] is not None}
-    sizes = [int(np.prod(v.shape.numpy())) for n, v in dense.graph.initializers.items() if n in used and v.shape]
-    sizes.sort()
-    return scorer / (sum(sizes) - sizes[-1])
+    head = lm_head(find(dense))
+    products = [node.inputs[1] for node in dense.graph if node.op_type == "MatMul" and node is not head]
+    return scorer / sum(v.const_value.size for v in products if v is not None and v.const_value is not None)
 
 
 class _Other:

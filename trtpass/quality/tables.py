@@ -25,8 +25,14 @@ def render(result: dict[str, Any]) -> Group:
     from rich.table import Table
     from rich.text import Text  # plain: brackets in a cell are not markup
 
-    parts: list[Any] = [*map(Text, facts(result)), ""]
-    for grid in grids(result):
+    if "policy" in result:  # of a cache policy
+        from trtpass.quality import cache
+
+        parts: list[Any] = []
+        shown = list(cache.grids(result))
+    else:
+        parts, shown = [*map(Text, facts(result)), ""], grids(result)
+    for grid in shown:
         table = Table(*grid.header, pad_edge=False)
         for column in table.columns[1:]:
             column.justify = "right"
