@@ -194,8 +194,8 @@ def _profile(model: ir.Model, tokens: tuple[int, int, int], context: int) -> Pro
         entries = -(-context // int(model.metadata_props[PAGE_KEY]))
         pages = (1, BATCH[1] * heads * entries, BATCH[2] * heads * entries)
         sizes |= {"entries": (1, entries, entries), "pages": pages, "free": pages}
-    return {  # type: ignore[return-value]
-        name: tuple([d if isinstance(d, int) else sizes[str(d.value)][i] for d in shape] for i in range(3))
+    return {
+        name: tuple([d if isinstance(d, int) else sizes[str(d.value)][i] for d in shape] for i in range(3))  # type: ignore[misc]
         for name, shape in inputs.items()
         if not all(isinstance(d, int) for d in shape)
     }

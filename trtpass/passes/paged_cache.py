@@ -60,8 +60,8 @@ class PagedCacheOptions:
         window: W, the last keys that no policy evicts, in tokens.
         sinks: the first keys that no policy evicts.
         logits: ``last`` or ``all`` tokens.
-        pages: P, pages of a layer's pool; None leaves it symbolic, as TensorRT does not.
-        entries: M, pages that an owner may hold; None leaves it symbolic.
+        pages: P, pages of a layer's pool; None leaves it to whoever runs the graph.
+        entries: M, pages that an owner may hold; None likewise.
 
     Raises:
         InputError: another phase or kind of logits, or a number out of range.
