@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import tiny
@@ -13,8 +15,10 @@ from proofs import raised
 
 from trtpass import native, passes
 from trtpass.ir import const_array
+from trtpass.kvzap.surrogate import Surrogate
 from trtpass.passes.cache import insert_cache
 from trtpass.passes.lower import lower
+from trtpass.passes.paged_cache import PagedCacheOptions, insert_paged_cache
 
 Golden = Callable[[str, str], None]
 SPARSE = "token-sparse:coverage=0.3,window=4,min_tokens=8,pool=3,layers=all"
@@ -77,6 +81,22 @@ def test_token_sparse(golden: Golden, select: str) -> None:
 def test_cache(golden: Golden, phase: str) -> None:
     source = sparse() if phase == "prefill" else tiny.decoder(layers=1)
     golden(f"cache.{phase}", text(insert_cache(source, phase)))
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_paged_cache(golden: Golden, tmp_path: Path, phase: str) -> None:
+    layer = {"weight": np.zeros((2, 64), np.float32), "bias": np.zeros(2, np.float32)}
+    Surrogate("linear", (layer,)).save(tmp_path / "w.safetensors")
+    model = tiny.decoder(layers=1)
+    passes.run(model, [passes.parse(f"kvzap:threshold=-3.5,window=8,weights={tmp_path / 'w.safetensors'}")])
+    golden(f"paged.{phase}", text(insert_paged_cache(model, PagedCacheOptions(phase, page=16, window=8))))
+
+
+@pytest.mark.parametrize("name", ["snapkv", "random-kv", "streaming-llm"])
+def test_policies(golden: Golden, name: str) -> None:
+    model = tiny.decoder(layers=1)
+    passes.run(model, [passes.parse(f"{name}:window=8")])
+    golden(name.replace("-", "_"), text(model))
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
