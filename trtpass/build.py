@@ -32,6 +32,7 @@ from trtpass.errors import InputError
 from trtpass.ir import dims
 from trtpass.layers import carry_drift
 from trtpass.manifest import Check, Checks, Manifest, PassRecord, artifact, versions
+from trtpass.paged_checks import half_flips
 from trtpass.passes import WHOLE_PROMPT_KEY, Pass, PassResult
 from trtpass.passes.cache_policy import CachePolicy, policy_of
 from trtpass.passes.kvzap import RECIPE_KEY
@@ -297,11 +298,19 @@ def check_ladder(
     elif target == "tensorrt-rtx":
         engine = Check.not_run(
             "a TensorRT-RTX plan executes on a GPU only; `make test-gpu` on a machine with one runs this check. "
-            "Not proved here: float16 numbers, the fused kernels, and speed"
+            f"Not proved here: float16 numbers, the fused kernels, and speed{_in_half(ladder)}"
         )
     else:
         engine = ladder.engine(target, kernels)
     return Checks(export=export, rewrite=rewrite, engine=engine)
+
+
+def _in_half(ladder: Ladder) -> str:
+    """How many of a policy's decisions change in a plan's precision, in words to be appended."""
+    policy = policy_of(ladder.passes)
+    if policy is None:
+        return ""
+    return "; " + half_flips(ladder, policy, next(r for r in ladder.results if r.name == policy.name))
 
 
 def _save_example(ladder: Ladder, work: Path) -> None:

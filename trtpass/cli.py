@@ -262,6 +262,11 @@ def generate_command(
     )  # fmt: skip
     if json:
         _print(rows, True)
+    if any(row["stopped"] == "cache" for row in rows):
+        raise InputError(
+            "the KV cache is full, and generation ended there", "room for the keys that are kept",
+            "give more --cache-pages, or leave the option away",
+        )  # fmt: skip
 
 
 @app.command("bench")

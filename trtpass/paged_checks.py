@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from trtpass import io
 from trtpass.anchors import find
-from trtpass.compare import Disagreement
+from trtpass.compare import Disagreement, session
 from trtpass.errors import InputError
 from trtpass.manifest import Check
 from trtpass.masked import PROMPT, Masked, MaskedModel
@@ -175,6 +176,33 @@ def engine_check(ladder: Ladder, policy: CachePolicy, result: PassResult, target
     note = f"engine = boolean-mask oracle, {STEPS} steps after {'/'.join(map(str, prompt))} tokens"
     pruned = 1.0 - float(state.kept().mean())
     return ladder.judge({"logits": np.stack(logits, 1)}, {"logits": forced.logits}, free, pruned, note, MARGIN)
+
+
+def half_flips(ladder: Ladder, policy: CachePolicy, result: PassResult) -> str:
+    """In words: how many decisions of a plan's prefill graph, in half precision, differ from those in float32.
+
+    The graph that the plan is built from, run by ONNX Runtime on the CPU: a number that is reported, never a check.
+    """
+    model = io.load(ladder.folder / "prefill.onnx")
+    lengths, ids = ladder.probe.lengths, ladder.probe.input_ids
+    batch, tokens = ids.shape
+    pools = {str(v.name): v for v in model.graph.inputs if str(v.name).startswith("past.")}
+    heads = int(next(o.shape[2] for o in model.graph.outputs if o.name == "keep" and o.shape is not None))  # type: ignore[arg-type]
+    count = batch * heads * -(-tokens // ladder.page)
+    feed: dict[str, np.ndarray] = {"input_ids": ids, "lengths": lengths}
+    feed["free"] = np.tile(np.arange(count, dtype=np.int32), (len(pools) // 2, 1))
+    for name, pool in pools.items():
+        width = int((pool.shape or [0])[-1])  # type: ignore[arg-type]
+        kind = np.float16 if pool.dtype is None else pool.dtype.numpy()
+        feed[name] = np.zeros((count, ladder.page, width), kind)
+    names = {str(v.name) for v in model.graph.inputs}
+    running = session(ladder.folder / "prefill.onnx")
+    (half,) = running.run(["keep"], {name: x for name, x in feed.items() if name in names})
+    single = ladder.outputs(ladder.rewritten)
+    valid = np.arange(tokens) < lengths[:, None]
+    layers = [site.layer for site in result.sites]
+    found = flips(policy, {i: half[i] for i in layers}, {i: single[f"{KEPT}.{i}"] for i in layers}, {}, valid)
+    return f"in half precision {found.share:.2%} of decisions differ"
 
 
 def decisions_of(
