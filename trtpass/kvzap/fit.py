@@ -108,7 +108,8 @@ def fit(request: Request, report: Report = silent) -> dict[str, Any]:
             found.append((np.concatenate([y for _, y in held]), np.concatenate(guess)))
     finally:
         torch.set_num_threads(threads)
-    surrogate = Surrogate(kind, tuple(layers))
+    guesses = np.concatenate([guess.ravel() for _, guess in found])
+    surrogate = Surrogate(kind, tuple(layers), tuple(np.quantile(guesses, np.linspace(0, 1, 101)).tolist()))
     surrogate.save(out)
     if not request.keep_work:
         work.remove()

@@ -10,6 +10,7 @@ Files have the layout of the published checkpoints (safetensors), E the hidden w
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ KEYS: dict[Kind, tuple[str, ...]] = {
     "linear": ("weight", "bias"),
     "mlp": ("0.weight", "0.bias", "2.weight", "2.bias"),
 }
+QUANTILES = "trtpass.quantiles"  # metadata of a file: see ``Surrogate.quantiles``
 _KEY = re.compile(r"layers\.(0|[1-9]\d{0,4})\.((?:[02]\.)?(?:weight|bias))")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _EXPECTED = "a KVzap checkpoint: layers.{i}.weight and .bias (linear), or layers.{i}.0 and .2 of each (mlp)"
@@ -42,10 +44,13 @@ class Surrogate:
     Args:
         kind: ``linear`` or ``mlp``.
         layers: of each layer the float32 arrays of ``KEYS[kind]``, in the shapes above, the same in every layer.
+        quantiles: predicted scores of held-out text, of all layers and heads together, at 0%, 1% ... 100%, ascending;
+            empty where the checkpoint does not say, as published ones do not.
     """
 
     kind: Kind
     layers: tuple[dict[str, np.ndarray], ...]
+    quantiles: tuple[float, ...] = ()
 
     @property
     def width(self) -> int:
@@ -81,7 +86,17 @@ class Surrogate:
                 raise InputError(
                     f"{path}: '{name}' holds NaN or infinity", "finite weights", "fit or download the checkpoint again"
                 )
-        return cls.from_arrays(arrays)
+        made = cls.from_arrays(arrays)
+        return cls(made.kind, made.layers, _quantiles(path / "model.safetensors" if path.is_dir() else path))
+
+    def threshold(self, removed: float) -> float | None:
+        """The score below which this share of the held-out keys lies; None where the checkpoint does not say."""
+        if not self.quantiles:
+            return None
+        if removed >= 1.0:
+            return math.inf
+        at = np.linspace(0.0, 1.0, len(self.quantiles))
+        return round(float(np.interp(removed, at, self.quantiles)), 4) if removed > 0.0 else -math.inf
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Surrogate:
@@ -110,7 +125,8 @@ class Surrogate:
         from trtpass.staging import replacing, staged
 
         path = Path(path)
-        content = save(self.arrays(), metadata={"format": "pt"})
+        stated = {QUANTILES: json.dumps([round(x, 4) for x in self.quantiles])} if self.quantiles else {}
+        content = save(self.arrays(), metadata={"format": "pt", **stated})
         if path.suffix == ".safetensors":
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path, len(content)) as file:
@@ -189,6 +205,27 @@ def _headers(file: Path) -> dict[str, Header]:
             return {key: Header(file, view.get_dtype(), tuple(view.get_shape())) for key, view in views.items()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} cannot be read: {first_line(error)}", "a whole safetensors file") from error
+
+
+def _quantiles(file: Path) -> tuple[float, ...]:
+    """What the file's metadata says of its scores.
+
+    Raises:
+        InputError: it is not a list of 101 ascending numbers.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, framework="numpy") as handle:
+        text = (handle.metadata() or {}).get(QUANTILES)
+    if text is None:
+        return ()
+    try:
+        values = [float(x) for x in json.loads(text)]
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file}: metadata '{QUANTILES}' is {text[:60]!r}", "a JSON list of numbers") from error
+    if len(values) != 101 or not np.isfinite(values).all() or (np.diff(values) < 0).any():
+        raise InputError(f"{file}: metadata '{QUANTILES}' is {text[:60]!r}", "101 finite numbers, ascending")
+    return tuple(values)
 
 
 def _check_shapes(path: Path, found: Mapping[str, Header]) -> None:

@@ -100,7 +100,7 @@ class Pass(abc.ABC):
     def describe(self) -> dict[str, Any]:
         """The options as plain values for a manifest; infinities, which JSON does not have, as text."""
         values = {f.name: getattr(self.options, f.name) for f in dataclasses.fields(self.options)}
-        return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        return {name: plain(value) for name, value in values.items()}
 
     @classmethod
     def described(cls, values: dict[str, Any]) -> Pass:
@@ -116,6 +116,11 @@ class Pass(abc.ABC):
         return cls(cls.Options(**{
             k: _convert(cls.name, k, v, hints[k]) if isinstance(v, str) else v for k, v in values.items()
         }))  # fmt: skip
+
+
+def plain(value: Any) -> Any:
+    """An option's value for JSON, which has no infinities: they become text, and ``Pass.described`` reads them."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def need_blocks(anchors: Anchors, name: str) -> None:

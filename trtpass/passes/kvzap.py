@@ -24,6 +24,7 @@ import onnx_ir as ir
 from trtpass.anchors import Anchors, AttentionBlock
 from trtpass.errors import AnchorError, InputError
 from trtpass.ir import constant, dims, make_node
+from trtpass.passes import plain
 from trtpass.passes.cache_policy import KEPT, CachePolicy, Decision, Keys, need_cache_options
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ class KVzapOptions:
 
     Args:
         threshold: keys whose predicted log score is below it are evicted; -inf keeps all, +inf none but the window's.
+            None takes the one that ``removed`` names.
+        removed: share of the keys that would be evicted from the text that the checkpoint was measured on, window and
+            sinks not counted; for checkpoints of ``trtpass fit kvzap``, which say so.
         window: W, the last keys that are always kept, in tokens; W + 1 with the query's own.
         sinks: the first keys, always kept; 0 is the paper.
         kind: ``auto``, or ``linear`` or ``mlp`` where the checkpoint must be of that kind.
@@ -45,7 +49,8 @@ class KVzapOptions:
         layers: ``all``, ``drift:0.5``, or ``3+5+10-20``; other layers keep everything.
     """
 
-    threshold: float = -4.0
+    threshold: float | None = None
+    removed: float = 0.75
     window: int = 128
     sinks: int = 4
     kind: str = "auto"
@@ -53,8 +58,10 @@ class KVzapOptions:
     layers: str = "all"
 
     def __post_init__(self) -> None:
-        if math.isnan(self.threshold):
+        if self.threshold is not None and math.isnan(self.threshold):
             raise InputError("kvzap: threshold=nan", "a number, -inf or inf")
+        if not 0.0 <= self.removed <= 1.0:
+            raise InputError(f"kvzap: removed={self.removed}", "a share in [0, 1]")
         if self.kind not in ("auto", "linear", "mlp"):
             raise InputError(f"kvzap: kind={self.kind}", "auto, linear or mlp")
         need_cache_options("kvzap", self.window, self.sinks)
@@ -87,6 +94,7 @@ class KVzap(CachePolicy):
             if not isinstance(width, int):
                 raise AnchorError(f"pass 'kvzap': layer {layer}: '{block.qkv_input.name}' has no fixed width")
             self.surrogate.need(len(anchors.blocks), width, block.kv_heads, f"layer {layer} of the graph")
+        self.threshold  # noqa: B018 - raises where there is none
 
     @cached_property
     def surrogate(self) -> Surrogate:
@@ -109,17 +117,39 @@ class KVzap(CachePolicy):
             raise InputError(f"kvzap: kind={self.options.kind}, but {path.name} holds the {loaded.kind} kind")
         return loaded
 
+    @property
+    def threshold(self) -> float:
+        """The threshold that was given, or the one that the checkpoint names for ``removed``.
+
+        Raises:
+            InputError: it was not given, and the checkpoint does not say.
+        """
+        if self.options.threshold is not None:
+            return self.options.threshold
+        found = self.surrogate.threshold(self.options.removed)
+        if found is None:
+            raise InputError(
+                f"kvzap: no threshold, and the checkpoint has none for removed={self.options.removed}",
+                "threshold=NUMBER, such as -4 (published checkpoints state theirs)",
+                "give a threshold, or fit a checkpoint with `trtpass fit kvzap`",
+            )
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """The options, with the threshold that is used."""
+        return {**super().describe(), "threshold": plain(self.threshold)}
+
     def files(self) -> Mapping[str, Any]:
         return {"weights": self.surrogate}
 
     def warnings(self) -> tuple[str, ...]:
-        if self.options.threshold == math.inf:
+        if self.threshold == math.inf:
             return (f"threshold=inf evicts every key that leaves the window of {self.options.window}",)
         return ()
 
     def distance(self, score: np.ndarray, keep: np.ndarray) -> np.ndarray:
         """In units of the score, a natural logarithm."""
-        away: np.ndarray = np.abs(score - self.options.threshold)
+        away: np.ndarray = np.abs(score - self.threshold)
         return away
 
     def insert(self, model: ir.Model, anchors: Anchors, block: AttentionBlock) -> dict[str, ir.Value]:
@@ -155,7 +185,7 @@ class KVzap(CachePolicy):
             flat = dense(add("Gelu", [inner], "gelu", dims(inner) or [], dtype, approximate="none"), "2")
         shape = [batch, block.kv_heads, tokens]
         score = add("Transpose", [flat], "score", shape, dtype, perm=[0, 2, 1])
-        limit = constant(graph, "kvzap.threshold", np.array(self.options.threshold, dtype.numpy()))
+        limit = constant(graph, "kvzap.threshold", np.array(self.threshold, dtype.numpy()))
         passes = add("GreaterOrEqual", [score, limit], "passes", shape, ir.DataType.BOOL)
         number = add("Cast", [passes], "number", shape, ir.DataType.INT32, to=int(ir.DataType.INT32))
         broken = add("IsNaN", [score], "broken", shape, ir.DataType.BOOL)
@@ -171,5 +201,5 @@ class KVzap(CachePolicy):
         layer = replace(self.surrogate, layers=(self.surrogate.layers[keys.layer],))
         flat = layer.predict(keys.hidden.flatten(0, 1)[None])[0]  # [Hkv, B S]
         score = flat.unflatten(1, (batch, tokens)).transpose(0, 1)
-        keep = (score >= self.options.threshold).int()
+        keep = (score >= self.threshold).int()
         return Decision(torch.where(score.isnan(), -1, keep).int(), score)
