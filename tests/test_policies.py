@@ -147,6 +147,7 @@ def test_a_checkpoint_of_another_model(
         ("kvzap:threshold=nan", "threshold=nan"),
         ("kvzap:kind=forest", "kind=forest"),
         ("kvzap:window=-1", "window=-1"),
+        ("kvzap:removed=1.5", "removed=1.5"),
         ("streaming-llm:sinks=-1", "sinks=-1"),
         ("snapkv:keep=0", "keep=0"),
         ("snapkv:pool=4", "pool=4"),
@@ -210,3 +211,36 @@ def test_an_engine_carries_its_checkpoint(tiny_folders: dict[str, Path], tmp_pat
 def test_infinities_are_legal() -> None:
     assert policy(f"kvzap:threshold={-math.inf}").warnings() == ()
     assert len(policy("kvzap:threshold=inf").warnings()) == 1
+
+
+def test_a_share_names_a_threshold(tmp_path: Path) -> None:
+    """Where the checkpoint says what its scores are; a threshold that is given goes before it."""
+    plain = Surrogate.load(save_surrogate(tmp_path / "plain.safetensors"))
+    assert plain.threshold(0.5) is None
+    scores = tuple(float(x) for x in np.linspace(-10, 0, 101))
+    Surrogate(plain.kind, plain.layers, scores).save(tmp_path / "told.safetensors")
+    told = Surrogate.load(tmp_path / "told.safetensors")
+    assert told.quantiles == pytest.approx(scores, abs=1e-4)
+    assert [told.threshold(x) for x in (0.0, 0.25, 0.755, 1.0)] == [-math.inf, -7.5, -2.45, math.inf]
+
+    def described(text: str) -> dict[str, object]:
+        return policy(f"kvzap:weights={tmp_path}/{text}").describe()
+
+    assert described("told.safetensors,removed=0.25")["threshold"] == -7.5
+    assert described("told.safetensors")["threshold"] == -2.5
+    assert described("told.safetensors,removed=1")["threshold"] == "inf"
+    assert described("told.safetensors,removed=0.25,threshold=-3")["threshold"] == -3.0
+    with pytest.raises(InputError, match="no threshold, and the checkpoint has none for removed=0.75"):
+        described("plain.safetensors")
+    again = type(policy("kvzap")).described(described("told.safetensors,removed=1"))
+    assert again.options.threshold == math.inf
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "nonsense", str([3.0] * 100 + [2.0]), str(["x"] * 101)])
+def test_broken_quantiles_are_refused(tmp_path: Path, text: str) -> None:
+    from safetensors.numpy import save_file
+
+    arrays = Surrogate.load(save_surrogate(tmp_path / "w.safetensors")).arrays()
+    save_file(arrays, tmp_path / "bad.safetensors", metadata={"trtpass.quantiles": text})
+    with pytest.raises(InputError, match=r"metadata 'trtpass\.quantiles' is"):
+        Surrogate.load(tmp_path / "bad.safetensors")
