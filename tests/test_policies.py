@@ -230,7 +230,7 @@ def test_a_share_names_a_threshold(tmp_path: Path) -> None:
     assert described("told.safetensors")["threshold"] == -2.5
     assert described("told.safetensors,removed=1")["threshold"] == "inf"
     assert described("told.safetensors,removed=0.25,threshold=-3")["threshold"] == -3.0
-    with pytest.raises(InputError, match="no threshold, and the checkpoint has none for removed=0.75"):
+    with pytest.raises(InputError, match=r"no threshold, and the checkpoint has none for removed=0\.75"):
         described("plain.safetensors")
     again = type(policy("kvzap")).described(described("told.safetensors,removed=1"))
     assert again.options.threshold == math.inf
