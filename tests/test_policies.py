@@ -20,6 +20,7 @@ from trtpass.compare import Ladder
 from trtpass.errors import AnchorError, InputError
 from trtpass.kvzap.surrogate import Surrogate
 from trtpass.masked import MaskedModel
+from trtpass.pages import Pages
 from trtpass.passes.cache_policy import CachePolicy, policy_of
 from trtpass.passes.paged_cache import PagedCacheOptions, insert_paged_cache
 from trtpass.passes.random_kv import PRIME, RandomKV, RandomKVOptions
@@ -78,7 +79,27 @@ def test_policies_without_a_checkpoint(tiny_export: Export, text: str) -> None:
     assert check.status == "passed" and check.flipped == 0.0, check
     alone = Ladder(exported.path.parent, dense, rewritten, [step], [result], probe([40, 23]), None)
     assert alone.rewrite().status == "passed" and alone.kept == ladder.kept
-    assert alone.engine("portable").status == "not_run"
+    told = alone.engine("portable")
+    assert told.status == "passed" and "in ONNX" in told.reason, told
+
+
+@pytest.mark.parametrize("torch", [True, False])
+def test_a_cache_that_does_not_evict_is_found(
+    tiny_export: Export, monkeypatch: pytest.MonkeyPatch, torch: bool
+) -> None:
+    """Decode steps that keep what leaves the window: both oracles see it."""
+    settle = Pages.settle
+    monkeypatch.setattr(
+        Pages, "settle", lambda self, slot, keep, active: settle(self, slot, np.ones_like(keep), active)
+    )
+    exported = tiny_export("llama")
+    step = policy("random-kv:window=2,keep=0.1")
+    dense = raised(exported)
+    rewritten = dense.clone()
+    result = step(rewritten)
+    module = exported.loaded.module if torch else None
+    check = Ladder(exported.path.parent, dense, rewritten, [step], [result], probe([40, 23]), module).engine("portable")
+    assert check.status == "failed" and "outputs differ" in check.reason
 
 
 def test_a_wrong_scorer_is_found(tiny_export: Export, tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import onnx_ir as ir
 
 from trtpass import io
 from trtpass.anchors import find
-from trtpass.compare import Disagreement, session
+from trtpass.compare import Disagreement, run_onnx, session
 from trtpass.errors import InputError
+from trtpass.ir import add_input
 from trtpass.manifest import Check
 from trtpass.masked import PROMPT, Masked, MaskedModel
 from trtpass.pages import EVICTED
@@ -149,8 +150,6 @@ def paged_graphs(
 def engine_check(ladder: Ladder, policy: CachePolicy, result: PassResult, target: str, kernels: bool) -> Check:
     """C = E: prompts, then decode steps, through the engine's own cache, against the oracle under the same decisions;
     and the oracle's own decisions against the engine's."""
-    if ladder.module is None:
-        return Check.not_run("there is no torch model, on which the boolean-mask oracle of a paged cache runs")
     graphs = paged_graphs(ladder.rewritten, ladder.dense, policy, ladder.page, "last")
     engine: PagedEngine = Engine.open(  # type: ignore[assignment]
         {phase: lower(graph, target, kernels).model for phase, graph in graphs.items()}
@@ -167,15 +166,49 @@ def engine_check(ladder: Ladder, policy: CachePolicy, result: PassResult, target
         logits.append(engine.decode(state, ids[rows, prompt + step].tolist()))
     layers = [site.layer for site in result.sites]
     keep = decisions_of(engine.decisions, prompt, ids.shape[1], layers)
-    oracle = MaskedModel(ladder.module, policy, layers, policy.options.window, policy.options.sinks)
     token = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     starts = np.where(token < prompt[:, None], PROMPT, token)
     asked = prompt[:, None] - 1 + np.arange(STEPS + 1)
+    note = f"engine = boolean-mask oracle, {STEPS} steps after {'/'.join(map(str, prompt))} tokens"
+    pruned, left = 1.0 - float(state.kept().mean()), {"logits": np.stack(logits, 1)}
+    if ladder.module is None:
+        expected = masked_logits(ladder, policy, keep, starts, asked)
+        return ladder.judge(left, {"logits": expected}, None, pruned, f"{note}, in ONNX (there is no torch model)")
+    oracle = MaskedModel(ladder.module, policy, layers, policy.options.window, policy.options.sinks)
     forced: Masked = oracle.run(ids, starts, asked, keep, prompt)
     free = flips(policy, forced.keep, keep, forced.scores, token < lengths[:, None])
-    note = f"engine = boolean-mask oracle, {STEPS} steps after {'/'.join(map(str, prompt))} tokens"
-    pruned = 1.0 - float(state.kept().mean())
-    return ladder.judge({"logits": np.stack(logits, 1)}, {"logits": forced.logits}, free, pruned, note, MARGIN)
+    return ladder.judge(left, {"logits": forced.logits}, free, pruned, note, MARGIN)
+
+
+def masked_logits(
+    ladder: Ladder, policy: CachePolicy, keep: dict[int, np.ndarray], starts: np.ndarray, asked: np.ndarray
+) -> np.ndarray:
+    """The oracle without torch: the dense graph, whose attentions read a mask `[B, H, S, S]` under these decisions.
+
+    Args:
+        keep: decisions by layer, int32 `[B, Hkv, S]`. starts: as for ``MaskedModel.run`` `[B, S]`.
+        asked: positions whose logits are wanted `[B, N]`.
+
+    Returns:
+        float32 `[B, N, V]`.
+    """
+    graph, options = ladder.dense.clone(), policy.options
+    ids = ladder.probe.input_ids
+    token = np.arange(ids.shape[1])
+    old = (token >= options.sinks) & (token <= starts[..., None] - 1 - options.window)  # [B, S, S]
+    feed: dict[str, np.ndarray] = {}
+    for block in find(graph).blocks:
+        causal = np.broadcast_to(token <= token[:, None], (len(ids), block.kv_heads, len(token), len(token)))
+        evicted = keep[block.layer][:, :, None] == EVICTED if block.layer in keep else np.zeros(1, bool)
+        feed[f"mask.{block.layer}"] = np.repeat(causal & ~(evicted & old[:, None]), block.group, 1)
+        shape = ["batch", block.heads, "queries", "keys"]
+        given = add_input(graph.graph, f"mask.{block.layer}", ir.DataType.BOOL, shape)
+        block.node.attributes["is_causal"] = ir.AttrInt64("is_causal", 0)
+        block.node.resize_inputs(4)
+        block.node.replace_input_with(3, given)
+    name = str(find(ladder.dense).logits.name)  # type: ignore[union-attr]
+    logits = run_onnx(graph, ladder.folder, {**ladder.probe.feed(graph), **feed})[name]
+    return logits[np.arange(len(ids))[:, None], asked]
 
 
 def half_flips(ladder: Ladder, policy: CachePolicy, result: PassResult) -> str:
