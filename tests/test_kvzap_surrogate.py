@@ -189,6 +189,14 @@ def test_the_configuration_of_a_folder(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_the_weights_that_come_with_smollm2() -> None:
+    file = Surrogate.shipped("smollm2-135m")
+    assert file is not None and file.stat().st_size < 1 << 20
+    surrogate = Surrogate.load(file)
+    assert surrogate.kind == "linear"
+    surrogate.need(layers=30, width=576, kv_heads=3)
+
+
 def test_only_known_models_have_shipped_weights() -> None:
     assert Surrogate.shipped("../data/smollm2-135m") is None
     assert Surrogate.shipped("no-such-model") is None
