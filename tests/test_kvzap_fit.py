@@ -147,10 +147,12 @@ def test_a_perceptron_finds_what_is_not_linear() -> None:
         y = np.abs(z[:, 20:21]) * [3, -1] - 8
         return [(((z + 5) * np.logspace(-3, 3, 64)).astype(np.float32), y.astype(np.float32))]
 
-    layer = perceptron(bent(0), seed=0)
+    layer = perceptron(bent(0), seed=0, decay=0.01)
     assert {key: layer[key].shape for key in layer} == {
         "0.weight": (8, 64), "0.bias": (8,), "2.weight": (2, 8), "2.bias": (2,)
     }  # fmt: skip
+    small = perceptron(bent(0), seed=0, decay=40.0)
+    assert np.abs(small["2.weight"]).max() < np.abs(layer["2.weight"]).max() / 10
     assert held_r2("mlp", layer, bent(1)) > 0.7 > 0.1 > held_r2("linear", ridge(bent(0)), bent(1))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,16 @@ def test_files_of_every_float_type(kind: Kind, dtype: torch.dtype, tmp_path: Pat
     again = Surrogate.load(tmp_path / "again.safetensors").arrays()
     assert all(np.array_equal(again[key], arrays[key]) for key in arrays)
     assert not list(tmp_path.glob(".*"))  # nothing temporary is left
+
+
+def test_equal_surrogates_make_equal_files(tmp_path: Path) -> None:
+    surrogate = replace(made("mlp"), quantiles=tuple(np.linspace(-9, 1, 101).tolist()))
+    for i in range(8):  # the library's own order of metadata changes from file to file
+        surrogate.save(tmp_path / f"{i}.safetensors")
+    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
+    again = Surrogate.load(tmp_path / "0.safetensors")
+    assert again.quantiles == pytest.approx(surrogate.quantiles, abs=1e-4)
+    assert again.threshold(0.5) == pytest.approx(-4.0) and made("mlp").threshold(0.5) is None
 
 
 def change(arrays: dict[str, np.ndarray], **changes: Any) -> dict[str, np.ndarray]:

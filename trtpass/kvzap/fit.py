@@ -2,7 +2,8 @@
 
 Linear: ridge regression from normal equations in float64, streamed over contexts, its strength chosen for each layer
 by cross-validation over contexts. MLP: E / 8 hidden units, exact GELU, mean squared error, AdamW 5e-3, batch 512, 15
-epochs, cosine (KVzap, arXiv 2601.07891); inputs are standardised, which is folded into the weights.
+epochs, cosine (KVzap, arXiv 2601.07891), and a strong weight decay; inputs are standardised, which is folded into the
+weights.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ CONTEXTS = 48
 RIDGE = (1e-4, 1e-3, 1e-2, 0.05, 0.2, 1.0)  # strengths to choose from, in units of the features' mean variance
 FOLDS = 4
 LEARNING_RATE, BATCH, EPOCHS = 5e-3, 512, 15
+DECAY = 4.0  # of AdamW; at its usual 0.01 an MLP on 60 000 tokens predicts other text worse than a linear model does
 PAIRS = 1 << 18  # tokens that an MLP is fitted on at most, drawn from all
 _COLLECTING = 0.8  # share of the work, for the progress bar
 
@@ -183,7 +185,7 @@ def _solved(moments: np.ndarray, heads: int, strength: float) -> np.ndarray:
     return np.concatenate([(level - mean @ weight)[None], weight])
 
 
-def perceptron(pairs: Pairs, seed: int) -> dict[str, np.ndarray]:
+def perceptron(pairs: Pairs, seed: int, decay: float = DECAY) -> dict[str, np.ndarray]:
     """Weights of one layer: ``0.weight [E / 8, E]``, ``0.bias``, ``2.weight [Hkv, E / 8]``, ``2.bias``, float32."""
     import torch
 
@@ -197,7 +199,7 @@ def perceptron(pairs: Pairs, seed: int) -> dict[str, np.ndarray]:
         hidden = max(1, x.shape[1] // 8)
         linear = torch.nn.Linear
         model = torch.nn.Sequential(linear(x.shape[1], hidden), torch.nn.GELU(), linear(hidden, y.shape[1]))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=decay)
         steps = EPOCHS * -(-len(x) // BATCH)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(EPOCHS):

@@ -126,7 +126,7 @@ class Surrogate:
 
         path = Path(path)
         stated = {QUANTILES: json.dumps([round(x, 4) for x in self.quantiles])} if self.quantiles else {}
-        content = save(self.arrays(), metadata={"format": "pt", **stated})
+        content = _ordered(save(self.arrays(), metadata={"format": "pt", **stated}))
         if path.suffix == ".safetensors":
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path, len(content)) as file:
@@ -189,6 +189,15 @@ class Surrogate:
                 value = torch.nn.functional.linear(torch.nn.functional.gelu(value) if number else value, weight, bias)
             made.append(value.T)
         return torch.stack(made)
+
+
+def _ordered(content: bytes) -> bytes:
+    """A safetensors file with its metadata in order of name; the library's own order changes from file to file."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return content[:8] + text.ljust(size) + content[8 + size :]
 
 
 def _headers(file: Path) -> dict[str, Header]:
