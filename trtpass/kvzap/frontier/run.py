@@ -32,7 +32,7 @@ ORACLE, STATIC, DENSE = "kvzip+ oracle", "static", "dense"
 
 @dataclass(frozen=True)
 class Policy:
-    """A name, the digest of the checkpoint that it uses (empty for none), and its scores of a prompt."""
+    """A name, the digest of the weights that it uses (empty for none), and its scores of a prompt."""
 
     name: str
     source: str
@@ -87,7 +87,8 @@ def frontier(
     if surrogates is None:
         shipped = Surrogate.shipped(model_name)
         surrogates = {"kvzap-linear": shipped} if shipped else {}
-    learned = {name: _Learned(Surrogate.load(path), _digest(path)) for name, path in surrogates.items()}
+    weights = {name: Surrogate.load(path) for name, path in surrogates.items()}
+    learned = {name: _Learned(surrogate, _digest(surrogate)) for name, surrogate in weights.items()}
     loaded = resolve(model_name).load()
     module: Any = loaded.module
     if module is None or loaded.tokenizer is None:
@@ -231,6 +232,9 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _digest(path: Path) -> str:
-    file = path / "model.safetensors" if path.is_dir() else path
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _digest(surrogate: Surrogate) -> str:
+    """SHA-256 of the weights, whatever else the file says."""
+    digest = hashlib.sha256()
+    for name, array in sorted(surrogate.arrays().items()):
+        digest.update(f"{name}{array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()
