@@ -52,14 +52,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_command_is_tested_here() -> None:
     names = {c.name for c in cli.app.registered_commands} | {g.name for g in cli.app.registered_groups}
-    assert names == {*COMMANDS, "calibrate"}
+    assert names == {*COMMANDS, "calibrate", "fit"}
 
 
-@pytest.mark.parametrize("command", [[], *([c] for c in COMMANDS), ["calibrate"], ["calibrate", "drift"]])
+@pytest.mark.parametrize(
+    "command", [[], *([c] for c in COMMANDS), ["calibrate"], ["calibrate", "drift"], ["fit"], ["fit", "kvzap"]]
+)
 def test_help(run: Run, command: list[str]) -> None:
     code, out, err = run(*command, "--help")
     assert code == 0 and "Usage" in out and err == ""
-    if command and command != ["calibrate"]:
+    if command and command not in (["calibrate"], ["fit"]):
         assert "--json" in out
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from trtpass.errors import InputError
 from trtpass.sampling import Sampler, Step
-from trtpass.sessions import Source, dtype_of, open_session, properties, provider_name
+from trtpass.sessions import Source, dtype_of, give_back, open_session, properties, provider_name
 
 PREFILL, DECODE = "prefill", "decode"
 DEFAULT_HEADROOM = 256  # tokens after the prompt, where neither the graph nor the model states a limit
@@ -242,7 +242,9 @@ class Engine:
     def _session(self, phase: str, names: tuple[str, ...] = ()) -> Any:
         key = _key(phase, names)
         if key not in self._sessions:
-            self._sessions[key] = open_session(self._sources[phase], self.provider, self._threads, names)
+            # A prefill's activations are large and rarely needed again: they must not stay beside the cache.
+            arena = phase != PREFILL
+            self._sessions[key] = open_session(self._sources[phase], self.provider, self._threads, names, arena)
         return self._sessions[key]
 
     def _run(
@@ -276,15 +278,12 @@ class Engine:
 
     def _run_bound(self, phase: str, binding: Any, names: tuple[str, ...] = ()) -> None:
         """Run what is bound. After a prefill the memory of its activations goes back: decoding needs little of it."""
-        import onnxruntime as ort
-
-        options = ort.RunOptions()
-        if phase == PREFILL and self.provider == "CPUExecutionProvider":
-            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         try:
-            self._session(phase, names).run_with_iobinding(binding, options)
+            self._session(phase, names).run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises a type of its own for every status
             raise InputError(f"the {phase} graph failed: {error}") from error
+        if phase == PREFILL:
+            give_back()
 
     def _new_cache(self, batch: int, slots: int) -> dict[str, Any]:
         """Zeros: a slot never written must not hold a NaN, which would pass through a masked product."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,13 @@ def provider_name(provider: str) -> str:
     return name
 
 
-def open_session(source: Source, provider: str, threads: int | None = None, extra_outputs: tuple[str, ...] = ()) -> Any:
+def open_session(
+    source: Source,
+    provider: str,
+    threads: int | None = None,
+    extra_outputs: tuple[str, ...] = (),
+    arena: bool = True,
+) -> Any:
     """A session on exactly ``provider`` (ONNX Runtime's name).
 
     Args:
@@ -56,6 +63,7 @@ def open_session(source: Source, provider: str, threads: int | None = None, extr
         provider: the execution provider; operators that it does not have run on the CPU, as ONNX Runtime defines.
         threads: threads of one operator; None leaves the choice to ONNX Runtime.
         extra_outputs: values inside the main graph to return as outputs too.
+        arena: on the CPU, keep the memory of a run for the next; without, it goes back after each.
 
     Raises:
         InputError: a missing or broken file, an unknown value, or a provider that did not start.
@@ -65,6 +73,7 @@ def open_session(source: Source, provider: str, threads: int | None = None, extr
     options = ort.SessionOptions()
     options.log_severity_level = 2
     register(options)
+    options.enable_cpu_mem_arena = arena
     if threads is not None:
         options.intra_op_num_threads = threads
     model: str | bytes
@@ -94,6 +103,15 @@ def properties(source: Source) -> dict[str, str]:
     from trtpass.io import load
 
     return dict((load(source) if isinstance(source, (str, Path)) else source).metadata_props)
+
+
+def give_back() -> None:
+    """Return memory that the C library holds free to the system, where it can (glibc)."""
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def dtype_of(onnx_type: str) -> type[np.generic]:

@@ -1,11 +1,12 @@
 """``kvzap.bytes``: what a cache takes, as bytes of pages held and as memory of the process, against the dense cache.
 
-Every figure is of a process of its own, which opens one engine, reads a short prompt (so that everything is loaded and
-warm), then the long one, and decodes a few tokens: what it holds more than before is the cache.
+Every figure is of a process of its own, which opens one engine, reads the prompt and decodes a few tokens, drops that
+cache (all weights that the text needs have been touched now), and does it again: what it holds more is the cache.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -17,12 +18,12 @@ from trtpass.bench.measure import Machine
 from trtpass.bench.record import Record
 from trtpass.errors import InputError
 
-SHORT, STEPS = 64, 4  # tokens of the short prompt, decode steps after each
+STEPS = 4  # decode steps after the prompt
 BASELINE = "the dense cache of the same model, over the prompt's tokens alone"
 
 
 def run(
-    folder: Path, machine: Machine, lengths: Sequence[int], note: Callable[[str], None], repeats: int = 3
+    folder: Path, machine: Machine, lengths: Sequence[int], note: Callable[[str], None], repeats: int = 2
 ) -> list[Record]:
     """Pages and process memory at each length, of the engine in ``folder`` against its dense engine.
 
@@ -67,20 +68,23 @@ def measure(folder: Path, side: str, tokens: int, threads: int) -> dict[str, Any
     from trtpass.bench.inputs import text_ids
     from trtpass.bench.kvzap import dense_bytes, open_sides
     from trtpass.paged import PagedState
+    from trtpass.sessions import give_back
 
     sides = open_sides(folder, threads)
     engine = sides.ours if side == "paged" else sides.dense
     ids = text_ids(folder, tokens)[0].tolist()
 
-    def read(count: int) -> Any:
-        state = engine.prefill([ids[:count]], capacity=count + STEPS)
+    def read() -> Any:
+        state = engine.prefill([ids], capacity=tokens + STEPS)
         for token in ids[:STEPS]:
             engine.decode(state, [token])
         return state
 
-    read(SHORT)
+    read()
+    gc.collect()
+    give_back()
     before = resident()
-    state = read(tokens)
+    state = read()
     grown = resident() - before
     paged = isinstance(state, PagedState)
     held = state.bytes_held if paged else dense_bytes(sides.model, tokens + STEPS)
