@@ -7,7 +7,6 @@ sinks <= t <= T - 1 - W: so one pass over a whole text gives the logits of a pre
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtpass.errors import InputError
+from trtpass.interception import attention, hidden_states
 from trtpass.passes.cache_policy import CachePolicy, Decision, Keys
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_serial = itertools.count()
 PROMPT = 0  # ``starts`` of a prompt's tokens
 
 
@@ -79,7 +78,6 @@ class MaskedModel:
             InputError: decisions are forced for other layers than the policy's.
         """
         import torch
-        from transformers import AttentionInterface
 
         if forced is not None and set(forced) != set(self.layers):
             raise InputError(f"decisions are forced for layers {sorted(forced)}", f"layers {sorted(self.layers)}")
@@ -90,8 +88,8 @@ class MaskedModel:
         rows = torch.from_numpy(np.ascontiguousarray(length, np.int32))
         positions = torch.arange(ids.shape[1])[None].expand(len(ids), -1)
 
-        def remember(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            current[:] = [kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]]
+        def see(states: Tensor) -> None:
+            current[:] = [states]
 
         def attend(block: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any) -> Any:
             layer = int(block.layer_idx)
@@ -103,24 +101,16 @@ class MaskedModel:
                 keep = torch.from_numpy(np.ascontiguousarray(forced[layer], np.int32))
             return self._attend(q, k, v, keep, first_query, float(scaling)).transpose(1, 2), None
 
-        config, blocks = self.module.config, [layer.self_attn for layer in self.module.model.layers]
-        before, key = config._attn_implementation, f"trtpass_masked_{next(_serial)}"
-        hooks = [block.register_forward_pre_hook(remember, with_kwargs=True) for block in blocks]
-        AttentionInterface.register(key, attend)
-        try:
-            config._attn_implementation = key
-            with torch.inference_mode():
-                hidden = self.module.model(
-                    input_ids=text, position_ids=positions[:1], use_cache=False
-                ).last_hidden_state
-                wanted = torch.from_numpy(np.ascontiguousarray(ask, np.int64))
-                hidden = hidden[torch.arange(len(ids))[:, None], wanted]
-                logits = self.module.lm_head(hidden)
-        finally:
-            config._attn_implementation = before
-            AttentionInterface._global_mapping.pop(key)
-            for hook in hooks:
-                hook.remove()
+        blocks = [layer.self_attn for layer in self.module.model.layers]
+        with (
+            attention(self.module.config, attend),
+            hidden_states(blocks, see),
+            torch.inference_mode(),
+        ):
+            hidden = self.module.model(input_ids=text, position_ids=positions[:1], use_cache=False).last_hidden_state
+            wanted = torch.from_numpy(np.ascontiguousarray(ask, np.int64))
+            hidden = hidden[torch.arange(len(ids))[:, None], wanted]
+            logits = self.module.lm_head(hidden)
         return Masked(
             logits.float().numpy(),
             {layer: made.keep.numpy() for layer, made in own.items()},

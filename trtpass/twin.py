@@ -6,7 +6,6 @@ returns.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,13 +14,12 @@ import numpy as np
 
 from plugins import all_ops
 from trtpass.errors import InputError
+from trtpass.interception import attention
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trtpass.passes.token_sparse import TokenSparseOptions
-
-_serial = itertools.count()
 
 
 @dataclass
@@ -68,7 +66,6 @@ class TokenSparseTwin:
         would have chosen itself is still recorded.
         """
         import torch
-        from transformers import AttentionInterface
 
         if forced is not None and set(forced) != set(self.layers):
             raise InputError(f"selections are forced for layers {sorted(forced)}", f"layers {sorted(self.layers)}")
@@ -88,20 +85,12 @@ class TokenSparseTwin:
                 out, selections[layer] = self._sparse(q, k, v, rows, scaling, given)
             return out.transpose(1, 2), None
 
-        config = self.module.config
-        before, key = config._attn_implementation, f"trtpass_twin_{next(_serial)}"
-        AttentionInterface.register(key, attend)
-        try:
-            config._attn_implementation = key
-            with torch.inference_mode():
-                ids = torch.from_numpy(np.ascontiguousarray(input_ids, dtype=np.int64))
-                positions = torch.arange(ids.shape[1])[None]
-                hidden = self.module.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-                last = hidden[torch.arange(len(rows)), rows.long() - 1][:, None]
-                logits = self.module.lm_head(last)
-        finally:
-            config._attn_implementation = before
-            AttentionInterface._global_mapping.pop(key)
+        with attention(self.module.config, attend), torch.inference_mode():
+            ids = torch.from_numpy(np.ascontiguousarray(input_ids, dtype=np.int64))
+            positions = torch.arange(ids.shape[1])[None]
+            hidden = self.module.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+            last = hidden[torch.arange(len(rows)), rows.long() - 1][:, None]
+            logits = self.module.lm_head(last)
         return TorchRun(hidden.numpy(), logits.numpy(), selections)
 
     def site(

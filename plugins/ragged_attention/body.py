@@ -5,6 +5,9 @@ has its own keys. What is not held is replaced by 0 and not only masked: NaN tim
 
 Behind the slots comes one more, with a key and a value of 0, which only queries that see nothing else see: their output
 is exactly 0, no softmax is empty, and a cache without any page needs no branch.
+
+A decode step, whose owners hold very different numbers of keys, goes from owner to owner instead, where the runtime
+allows lengths that depend on data: padding to the longest would read several times what is held.
 """
 
 from __future__ import annotations
@@ -107,6 +110,62 @@ def padded(
 
 
 @script(TRTPASS, default_opset=op)
+def each_owner(
+    q: Floats, k_pages: Floats, v_pages: Floats, page_table: Int32, lengths: Int32, queries: Int32, scale: float = 0.0
+) -> Floats:
+    """One query of each owner, over its own slots: nothing is padded to the longest. The pool has a page at least."""
+    zero = op.Constant(value_ints=[0])
+    minus_one = op.Constant(value_ints=[-1])
+    nought = op.Cast(op.Constant(value_int=0), to=6)
+    one = op.Cast(op.Constant(value_int=1), to=6)
+    owners = op.ReduceProd(op.Shape(lengths), keepdims=0)  # B Hkv
+    page_size = op.Cast(op.Squeeze(op.Shape(k_pages, start=1, end=2)), to=6)  # Z
+    ratio = op.Where(scale == 0.0, 1.0, scale * op.Sqrt(op.Cast(op.Shape(q, start=3, end=4), to=1)))
+    sizes = op.Shape(q, start=2, end=4)  # [2]: 1, D
+    each = op.Reshape(owners, op.Constant(value_ints=[1]))
+    query = op.Reshape(q * op.CastLike(ratio, q), op.Concat(each, minus_one, sizes, axis=0))  # [B Hkv, G, 1, D]
+    held = op.Reshape(lengths, minus_one)
+    asked = op.Reshape(op.Expand(op.Unsqueeze(queries, op.Constant(value_ints=[1])), op.Shape(lengths)), minus_one)
+    table = op.Reshape(page_table, op.Concat(each, op.Shape(page_table, start=2, end=3), axis=0), allowzero=1)
+    # A page that no slot is on, where a row of the table has none: what is read there is not used.
+    table = op.Concat(table, op.Expand(nought, op.Concat(each, op.Constant(value_ints=[1]), axis=0)), axis=1)
+    keys = op.Reshape(k_pages, op.Concat(minus_one, op.Shape(k_pages, start=2, end=3), axis=0))  # [P Z, D]
+    values = op.Reshape(v_pages, op.Concat(minus_one, op.Shape(v_pages, start=2, end=3), axis=0))
+    nothing = op.CastLike(0.0, q)
+    shape = op.Concat(
+        zero, op.Shape(query, start=1, end=2), op.Shape(q, start=2, end=3), op.Shape(v_pages, start=2, end=3), axis=0
+    )
+    out = op.Expand(nothing, shape)  # [0, G, 1, Dv]
+    for i in range(owners):
+        count = op.Gather(held, i)
+        sees = op.And(count > nought, op.Gather(asked, i) > nought)
+        slot = op.Range(nought, op.Max(count, one), one)  # [n]
+        row = op.Gather(table, i)  # [M + 1]
+        page = op.Where(count > nought, op.Gather(row, slot / page_size), nought)
+        at = page * page_size + op.Mod(slot, page_size)
+        both = op.Constant(value_ints=[0, 1])
+        key = op.Unsqueeze(op.Gather(keys, at), both)  # [1, 1, n, D]
+        value = op.Unsqueeze(op.Gather(values, at), both)
+        mine = op.Where(sees, op.Unsqueeze(op.Gather(query, i), zero), nothing)  # [1, G, 1, D]
+        rows = op.Attention(mine, key, value)
+        out = op.Concat(out, op.Where(sees, rows, nothing), axis=0)
+    return op.Reshape(out, op.Concat(op.Shape(q, start=0, end=3), op.Shape(v_pages, start=2, end=3), axis=0))
+
+
+@script(TRTPASS, default_opset=op)
+def longest(
+    q: Floats, k_pages: Floats, v_pages: Floats, page_table: Int32, lengths: Int32, queries: Int32, scale: float = 0.0
+) -> Floats:
+    """Over as many pages as the longest owner uses."""
+    zero = op.Constant(value_ints=[0])
+    one = op.Constant(value_ints=[1])
+    page_size = op.Max(op.Shape(k_pages, start=1, end=2), one)
+    most = op.Cast(op.Reshape(op.ReduceMax(lengths, keepdims=0), one), to=7)
+    used = op.Slice(page_table, zero, (most + page_size - one) / page_size, op.Constant(value_ints=[2]))
+    return attend(q, k_pages, v_pages, used, lengths, queries, scale=scale)
+
+
+@script(TRTPASS, default_opset=op)
 def cut(
     q: Floats,
     k_pages: Floats,
@@ -116,10 +175,12 @@ def cut(
     queries: Int32,
     scale: float = 0.0,
 ) -> Floats:
-    """Over as many pages as the longest owner uses."""
-    zero = op.Constant(value_ints=[0])
-    one = op.Constant(value_ints=[1])
-    page_size = op.Max(op.Shape(k_pages, start=1, end=2), one)
-    longest = op.Cast(op.Reshape(op.ReduceMax(lengths, keepdims=0), one), to=7)
-    used = op.Slice(page_table, zero, (longest + page_size - one) / page_size, op.Constant(value_ints=[2]))
-    return attend(q, k_pages, v_pages, used, lengths, queries, scale=scale)
+    """A step of one token reads what each owner holds; one of several tokens, as much as the longest of them."""
+    single = op.Equal(op.Shape(q, start=2, end=3), op.Constant(value_ints=[1]))
+    filled = op.Greater(op.Size(k_pages), op.Constant(value_int=0))
+    alone = op.Squeeze(op.And(single, filled))
+    if alone:
+        out = each_owner(q, k_pages, v_pages, page_table, lengths, queries, scale=scale)
+    else:
+        out = longest(q, k_pages, v_pages, page_table, lengths, queries, scale=scale)
+    return out

@@ -18,12 +18,12 @@ of all chunks; leads do not count.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trtpass.errors import InputError
+from trtpass.interception import attention, hidden_states
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,6 @@ INSTRUCTION = "\n\nRepeat the previous context exactly."
 ROWS = 64  # queries whose probabilities are held at once: [H, ROWS, S] float32
 LEAD = 8  # tokens before a chunk that are repeated with it; the first chunk has none
 LEAST = 16  # tokens of the shortest chunk that is worth a pass
-_serial = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def scores(
     whole = [*prefix, *context]
     wanted = range(len(layers)) if states is None else states
     run = _Run(len(prefix), {layers[i] for i in wanted}, kind == "kvzip+")
-    with torch.inference_mode(), _attention(module, layers, run):
+    with torch.inference_mode(), attention(module.config, run.attend), hidden_states(layers, run.see):
         starts = _starts(len(context), chunk, None if limit is None else limit - len(whole) - len(bridge))
         module.model(input_ids=torch.tensor([whole]), position_ids=torch.arange(len(whole))[None], use_cache=False)
         for start, stop in itertools.pairwise([*starts, len(context)]):
@@ -160,9 +159,9 @@ class _Run:
     hidden: dict[Any, Tensor] = field(default_factory=dict)  # [T, E]
     best: dict[Any, Tensor] = field(default_factory=dict)  # [H, T]: max of a_ji, or of a_ji / ||h_j||
 
-    def remember(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A hook before each attention layer."""
-        self.states = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])[0].float()
+    def see(self, states: Tensor) -> None:
+        """What feeds an attention layer, before it runs `[1, S, E]`."""
+        self.states = states[0].float()
 
     def attend(self, block: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any) -> Any:
         """Causal attention in the form of transformers' interface: q `[1, H, S, D]`, fresh k, v `[1, Hkv, S, D]`."""
@@ -215,25 +214,6 @@ class _Run:
             own = values.repeat_interleave(heads // owners, 0)  # [H, T, Dv]
             best = best * ((own @ gram) * own).sum(-1).clamp(min=0).sqrt()
         return best.unflatten(0, (owners, -1)).amax(1).clamp(min=torch.finfo(torch.float32).tiny)
-
-
-@contextmanager
-def _attention(module: Any, layers: Sequence[Any], run: _Run) -> Iterator[None]:
-    """The model attends through ``run`` inside the block, and as before after it."""
-    from transformers import AttentionInterface
-
-    config, key = module.config, f"trtpass_oracle_{next(_serial)}"
-    before = config._attn_implementation
-    hooks = [layer.register_forward_pre_hook(run.remember, with_kwargs=True) for layer in layers]
-    AttentionInterface.register(key, run.attend)
-    try:
-        config._attn_implementation = key
-        yield
-    finally:
-        config._attn_implementation = before
-        AttentionInterface._global_mapping.pop(key)
-        for hook in hooks:
-            hook.remove()
 
 
 def _layers(module: Any) -> Sequence[Any]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trtpass.errors import InputError
+from trtpass.interception import attention, hidden_states
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 RECENT = 32  # last queries that are kept for SnapKV
-_serial = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -58,9 +56,6 @@ def read(module: Any, ids: Sequence[int]) -> Read:
     _need_positions(module, len(ids))
     keys, values, queries, hidden, scale = [], [], [], [], [1.0]
 
-    def remember(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden.append((kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])[0])
-
     def attend(block: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any) -> Any:
         keys.append(k[0].contiguous())
         values.append(v[0].contiguous())
@@ -69,12 +64,9 @@ def read(module: Any, ids: Sequence[int]) -> Read:
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2), None
 
-    hooks = [layer.self_attn.register_forward_pre_hook(remember, with_kwargs=True) for layer in module.model.layers]
-    try:
+    blocks = [layer.self_attn for layer in module.model.layers]
+    with hidden_states(blocks, lambda states: hidden.append(states[0])):
         _run(module, attend, ids, 0)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return Read(tuple(keys), tuple(values), tuple(queries), torch.stack(hidden), scale[0])
 
 
@@ -131,23 +123,8 @@ def _run(module: Any, attend: Callable[..., Any], ids: Sequence[int], start: int
     """The last hidden states `[1, n, E]` of ``ids`` at positions ``start`` and on, with another attention."""
     import torch
 
-    with _attention(module.config, attend), torch.inference_mode():
+    with attention(module.config, attend), torch.inference_mode():
         positions = torch.arange(start, start + len(ids))[None]
         out = module.model(input_ids=torch.tensor([list(ids)]), position_ids=positions, use_cache=False)
         hidden: Tensor = out.last_hidden_state
     return hidden
-
-
-@contextmanager
-def _attention(config: Any, attend: Callable[..., Any]) -> Iterator[None]:
-    """Let a model compute its attention with ``attend``, through transformers' registry."""
-    from transformers import AttentionInterface
-
-    before, key = config._attn_implementation, f"trtpass_frontier_{next(_serial)}"
-    AttentionInterface.register(key, attend)
-    try:
-        config._attn_implementation = key
-        yield
-    finally:
-        config._attn_implementation = before
-        AttentionInterface._global_mapping.pop(key)
