@@ -76,7 +76,7 @@ def _grid(result: Mapping[str, Any], probe: str, title: str, length: str, rows: 
         note = f"dense: {base['found']} of {base['samples']}; in brackets the mean log-likelihood of a token of the key"
     else:
         shown = f"{base[probe]['mean']:.3f}{_error(base[probe]['error'])}"
-        note = f"dense: {shown}; the others: change against it on the same {base['samples']} texts, ± standard error"
+        note = f"dense: {shown}; the others: paired change against it; texts: {base['samples']}; ± standard error"
     table = tuple(
         (name, *(_cell(rows[name].get(cut), probe) for cut in cuts))
         for name in policies(result)

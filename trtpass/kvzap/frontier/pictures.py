@@ -26,7 +26,7 @@ _COLOURS = (
     "#8c564b",
 )
 _MARKERS = "osD^vP*Xhd"
-_FLOOR = -3.0  # changes below it are drawn at the edge: what is lost is lost
+_FLOOR = -3.0  # changes below it are drawn at it: what is lost is lost
 
 
 def all_of(result: Mapping[str, Any]) -> dict[str, bytes]:
@@ -58,7 +58,7 @@ def _frontier(result: Mapping[str, Any], task: str, probe: str, title: str) -> b
                 ys = [_value(cell, probe) for cell in (rows["dense"]["0"], *(cell for _, cell in cells))]
                 style: dict[str, Any] = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
                 (lines[name],) = axis.plot(xs, ys, markersize=5, linewidth=1.3, **style)
-        axis.set(title=f"{length} tokens ({rows['dense']['0']['samples']} prompts)", xlabel="fraction removed")
+        axis.set(title=f"{length} tokens (prompts: {rows['dense']['0']['samples']})", xlabel="fraction removed")
         if probe == "passkey":
             axis.set_ylim(-0.05, 1.05)
     axes[0].set_ylabel(title)
