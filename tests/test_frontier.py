@@ -364,7 +364,7 @@ def test_the_short_form_on_a_real_model(tmp_path: Path) -> None:
         text_corpus()
     except InputError as error:
         pytest.skip(str(error))
-    result = frontier("smollm2-135m", tmp_path, short=True)
+    result = frontier("smollm2-135m", tmp_path, short=True, threads=1)
     text, keys = result["results"]["text"]["500"], result["results"]["passkey"]["500"]
     assert keys["dense"]["0"]["found"] == 1
     assert text["kvzip+ oracle"]["0.6"]["repeat"]["change"] > text["random"]["0.6"]["repeat"]["change"]
