@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 ATOL, RTOL = 2e-3, 2e-3  # of logits, as in trtpass.compare
 STEPS = 8  # decode steps of one repeat
+SETTLE = 0.1  # seconds before a side's turn: threads of the one before spin for some milliseconds, on the same cores
 LENGTHS = (1024, 2048, 4096, 8000)  # tokens of the prompt; 8192 is the context, and decoding adds some
 DENSE = "the dense engine over the same weights"
 KVPRESS = "transformers and kvpress, the same weights, threshold and window (a process of its own, calls in turn)"
@@ -120,21 +122,25 @@ def _decode(
     sides: Sides, dense: State, ours: PagedState, prompt: list[int], params: dict[str, Any], machine: Machine,
     repeats: int, other: _Other | None,
 ) -> list[Record]:  # fmt: skip
-    """Steps in turn: ours, dense, and kvpress where it is; each reads all weights, so nothing stays in the cache."""
+    """A few steps each in turn: ours, dense, and kvpress where it is; a step reads all weights, so no cache is warm."""
     now = CLOCKS[machine.clock]
     token = [prompt[-1]]
     if other is not None:
         masked = other.prefill(prompt)
     seconds = np.zeros((3, repeats))
     for repeat in range(-1, repeats):
-        for _ in range(STEPS):
-            for side, (engine, state) in enumerate(((sides.ours, ours), (sides.dense, dense))):
+        for side, (engine, state) in enumerate(((sides.ours, ours), (sides.dense, dense))):
+            time.sleep(SETTLE)
+            taken = []
+            for _ in range(STEPS):
                 start = now()
                 engine.decode(state, token)
-                if repeat >= 0:
-                    seconds[side, repeat] += (now() - start) / STEPS
+                taken.append(now() - start)
+            if repeat >= 0:
+                seconds[side, repeat] = float(np.median(taken))
         if other is not None and repeat >= 0:
-            seconds[2, repeat] = float(np.mean(other.decode(STEPS)))
+            time.sleep(SETTLE)
+            seconds[2, repeat] = float(np.median(other.decode(STEPS)))
     if not (np.isfinite(ours.logits).all() and np.isfinite(dense.logits).all()):
         raise InputError("decoded logits are not finite", "finite weights")
     weights = sum(v.const_value.nbytes for v in sides.model.graph.initializers.values() if v.const_value is not None)
