@@ -111,7 +111,7 @@ class PagedEngine(Engine):
         slots = self._capacity(int(lengths.max()), capacity)
         if chunk is not None:
             self._check_chunk(chunk)
-        state = self._new_state(len(rows), slots, pages)
+        state = self.new_state(len(rows), slots, pages)
         if chunk is not None:
             self.append(state, rows, chunk)
             return state
@@ -223,7 +223,8 @@ class PagedEngine(Engine):
     limit_pages: int | None = None  # pages of each layer's pool in ``generate``; None has room for every key
     usage: Usage | None = None  # of the last ``generate``
 
-    def _new_state(self, batch: int, slots: int, pages: int | None) -> PagedState:
+    def new_state(self, batch: int, slots: int, pages: int | None) -> PagedState:
+        """An empty cache for ``batch`` rows of at most ``slots`` tokens; ``pages`` of each layer, or enough for all."""
         entries = -(-slots // self.page)
         count = batch * self.heads * entries if pages is None else pages
         if count < 1:
@@ -290,7 +291,7 @@ class PagedEngine(Engine):
 
     def run_named(self, rows: Sequence[Sequence[int]], names: Sequence[str]) -> dict[str, np.ndarray]:
         lengths = self._check_rows(rows)
-        state = self._new_state(len(rows), self._capacity(int(lengths.max()), None), None)
+        state = self.new_state(len(rows), self._capacity(int(lengths.max()), None), None)
         feeds = {"input_ids": padded(rows, lengths), "lengths": lengths, "free": state.pages.free()}
         return self._call(PREFILL, feeds, state, tuple(dict.fromkeys(("logits", *names))), tuple(names))
 

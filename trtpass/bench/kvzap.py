@@ -236,7 +236,7 @@ def _scorer(folder: Path, prompt: Array, sides: Sides, machine: Machine, repeats
     with tempfile.TemporaryDirectory(prefix="trtpass-bench-") as scratch:
         model = io.load(folder / "prefill.onnx")
         graph = Graph(model, machine.threads, Path(scratch) / "profile")
-        state = sides.ours._new_state(1, len(prompt), None)
+        state = sides.ours.new_state(1, len(prompt), None)
         feeds: dict[str, Any] = {
             "input_ids": prompt[None], "lengths": np.array([len(prompt)], np.int32), "free": state.pages.free(),
             **state.cache,

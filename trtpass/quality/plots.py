@@ -57,8 +57,8 @@ def sweep(result: dict[str, Any]) -> bytes:
         axis.set_xticks(xs, [f"{x:g}" for x in xs], rotation=45, fontsize=8)
         axis.minorticks_off()
         axis.set_xlabel("coverage")
-        _finish(axis)
-    return _png(figure)
+        finish(axis)
+    return png(figure)
 
 
 def layers(result: dict[str, Any]) -> bytes:
@@ -93,8 +93,8 @@ def layers(result: dict[str, Any]) -> bytes:
     )
     for axis in axes:
         axis.tick_params(axis="x", labelsize=8)
-        _finish(axis, below=True)
-    return _png(figure)
+        finish(axis, below=True)
+    return png(figure)
 
 
 def _swept(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -114,7 +114,7 @@ def _style(i: int) -> dict[str, Any]:
     return {"color": _COLOURS[i % 4], "marker": _MARKERS[i % 4], "markersize": 5, "linewidth": 1.5}
 
 
-def _finish(axis: Axes, below: bool = False) -> None:
+def finish(axis: Axes, below: bool = False) -> None:
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     if axis.get_legend_handles_labels()[0]:
@@ -122,7 +122,7 @@ def _finish(axis: Axes, below: bool = False) -> None:
         axis.legend(fontsize=8, frameon=False, **place)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
     return buffer.getvalue()

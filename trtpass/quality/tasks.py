@@ -16,7 +16,7 @@ from trtpass.quality.plan import Plan, spread
 _INTRO = "There is important information hidden inside a lot of irrelevant text. Find it and memorize it.\n"
 _FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 _NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
-_QUESTION = "What is the pass key? The pass key is"
+QUESTION = "What is the pass key? The pass key is"
 
 
 class Encoder(Protocol):
@@ -90,12 +90,12 @@ def passkeys(tokenizer: Encoder, length: int, count: int, seed: int = 0) -> list
     """
     rng = np.random.default_rng([seed, length])
     intro, filler = tokenizer.encode(_INTRO), tokenizer.encode(_FILLER, special=False)
-    question = tokenizer.encode(_QUESTION, special=False)
+    question = tokenizer.encode(QUESTION, special=False)
     samples = []
     for i in range(count):
         key, depth = int(rng.integers(10_000, 100_000)), (i + 0.5) / count
         needle = tokenizer.encode(_NEEDLE.format(key=key), special=False)
-        answer = tokenizer.encode(f"{_QUESTION} {key}", special=False)
+        answer = tokenizer.encode(f"{QUESTION} {key}", special=False)
         lines = (length - len(intro) - len(needle) - len(question)) // len(filler)
         if lines < 1:
             raise InputError(

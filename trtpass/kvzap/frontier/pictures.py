@@ -50,7 +50,7 @@ def _frontier(result: Mapping[str, Any], task: str, probe: str, title: str) -> b
     figure, axes = _figure(len(groups), 3.4, 4.2)
     lines: dict[str, Line2D] = {}
     for axis, (length, rows) in zip(axes, groups, strict=True):
-        plots._finish(axis)  # before there is anything for a legend: the figure has one for all columns
+        plots.finish(axis)  # before there is anything for a legend: the figure has one for all columns
         for i, name in enumerate(n for n in policies(result) if not n.endswith(FIXED)):
             cells = sorted((float(cut), cell) for cut, cell in rows.get(name, {}).items())
             if cells:
@@ -65,7 +65,7 @@ def _frontier(result: Mapping[str, Any], task: str, probe: str, title: str) -> b
     figure.legend(
         list(lines.values()), list(lines), loc="outside lower center", ncols=2 * len(groups), fontsize=9, frameon=False
     )
-    return plots._png(figure)
+    return plots.png(figure)
 
 
 def _value(cell: Mapping[str, Any], probe: str) -> float:
@@ -84,8 +84,8 @@ def _heads(result: Mapping[str, Any]) -> bytes:
         axis.hist(values, bins=20, range=(0.0, 1.0), color=_COLOURS[0])
         axis.axvline(sum(values) / len(values), color="black", linewidth=0.8, linestyle=":")
         axis.set(title=name, xlabel="kept fraction of a head")
-        plots._finish(axis)
-    return plots._png(figure)
+        plots.finish(axis)
+    return plots.png(figure)
 
 
 def _figure(columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from trtpass.errors import InputError
 from trtpass.kvzap.oracle import INSTRUCTION
-from trtpass.quality.tasks import _QUESTION, Encoder, continuations, passkeys
+from trtpass.quality.tasks import QUESTION, Encoder, continuations, passkeys
 
 FIT, TEST = 0.70, 0.75  # shares of the corpus: what fitting reads ends at FIT, what is measured here begins at TEST
 
@@ -104,7 +104,7 @@ def prompts(tokenizer: Encoder, text: str, plan: Plan) -> list[Prompt]:
         InputError: a text that is too short, or a length too short for a pass key.
     """
     groups = [*_texts(tokenizer, text[int(TEST * len(text)) :], plan)]
-    question = tokenizer.encode(_QUESTION, special=False)
+    question = tokenizer.encode(QUESTION, special=False)
     for length, count in plan.passkeys:
         group = []
         for i, sample in enumerate(passkeys(tokenizer, length, count)):
