@@ -234,8 +234,8 @@ def test_a_plan_without_what_a_model_cannot_hold() -> None:
     fitted = FULL.fit(2048)
     assert [n for n, _ in fitted.texts] == [n for n, _ in fitted.passkeys] == [1000]
     assert FULL.fit(8192) == FULL
-    with pytest.raises(InputError, match="a context of 599 tokens"):
-        SHORT.fit(599)
+    with pytest.raises(InputError, match="a context of 461 tokens"):
+        SHORT.fit(461)
 
 
 @pytest.fixture(scope="module")
@@ -365,6 +365,6 @@ def test_the_short_form_on_a_real_model(tmp_path: Path) -> None:
     except InputError as error:
         pytest.skip(str(error))
     result = frontier("smollm2-135m", tmp_path, short=True, threads=1)
-    text, keys = result["results"]["text"]["500"], result["results"]["passkey"]["500"]
+    text, keys = result["results"]["text"]["350"], result["results"]["passkey"]["350"]
     assert keys["dense"]["0"]["found"] == 1
-    assert text["kvzip+ oracle"]["0.6"]["repeat"]["change"] > text["random"]["0.6"]["repeat"]["change"]
+    assert text["kvzip+ oracle"]["0.5"]["repeat"]["change"] > text["random"]["0.5"]["repeat"]["change"]

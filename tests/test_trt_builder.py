@@ -199,7 +199,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_a_gpu: None) 
 def test_a_plan_of_several_profiles_with_a_timing_cache(dtype: str, tmp_path: Path, stand_in: None) -> None:
     graph = trt.lower(insert_cache(tiny.decoder(), "decode", capacity=64), 90, dtype).model
     path = written(graph, tmp_path)
-    profiles = [_profile(graph, tokens) for tokens in _tokens("decode", 64)]
+    profiles = [_profile(graph, tokens, 64) for tokens in _tokens("decode", 64)]
     assert len(profiles) == 2
     plan = builder.build_plan(path, tmp_path / "a.plan", profiles=profiles, cache=tmp_path / "cache")
     assert plan.bytes == (tmp_path / "a.plan").stat().st_size > 0
@@ -236,8 +236,8 @@ def test_plugins_are_registered_in_the_process_that_builds(tmp_path: Path, stand
 def test_profiles_of_both_phases() -> None:
     source = Source(tiny.decoder(), tiny.decoder(), 4096, "last")
     graphs = source.graphs(lambda model: trt.lower(model, 90).model)
-    (whole,) = (_profile(graphs["prefill"], tokens) for tokens in _tokens("prefill", 4096))
-    single, chunk = (_profile(graphs["decode"], tokens) for tokens in _tokens("decode", 4096))
+    (whole,) = (_profile(graphs["prefill"], tokens, 4096) for tokens in _tokens("prefill", 4096))
+    single, chunk = (_profile(graphs["decode"], tokens, 4096) for tokens in _tokens("decode", 4096))
     assert whole["input_ids"] == ([1, 1], [1, 1024], [4, 4096])
     assert single["input_ids"] == ([1, 1], [1, 1], [4, 1])
     assert chunk["input_ids"] == ([1, 1], [1, 1], [4, 512])

@@ -63,13 +63,13 @@ FULL = Plan(
     passkeys=((1000, 8), (2000, 8), (4000, 4), (7000, 3)),
 )
 SHORT = Plan(
-    cuts=(0.60,),
-    fixed=(0.60,),
-    texts=((500, 1),),
-    passkeys=((500, 1),),
-    continuation=100,
-    repeat=64,
-    calibration=(500,),
+    cuts=(0.50,),
+    fixed=(0.50,),
+    texts=((350, 1),),
+    passkeys=((350, 1),),
+    continuation=64,
+    repeat=48,
+    calibration=(350,),
 )
 
 
