@@ -108,6 +108,12 @@ def test_what_cannot_be_run(
         kvzap.run(["kvzap.decode"], engine, MACHINE, 1, lambda _: None, [65])
     with pytest.raises(InputError, match="at most 96 tokens"):
         kvzap.run(["kvzap.decode"], engine, MACHINE, 3, lambda _: None, [TOKENS])
+    said: list[str] = []
+    dense = tiny_engine(tmp_path_factory, "dense")
+    assert bench._kvzap(["kvzap.decode"], False, MACHINE, 1, dense, said.append) == []
+    assert "kvzap.decode left out" in said[-1] and "has a dense cache" in said[-1]
+    with pytest.raises(InputError, match="has a dense cache"):
+        bench._kvzap(["kvzap.decode"], True, MACHINE, 1, dense, said.append)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"kvzap\.decode needs an engine with a cache policy"):
         bench.run(["kvzap.decode"], threads=1, repeats=1)

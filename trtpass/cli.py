@@ -334,7 +334,8 @@ def fit_kvzap_command(
     threads: Annotated[int | None, typer.Option(help="Threads; default: all cores.")] = None,
     json: Json = False,
 ) -> None:
-    """Fit KVzap's surrogate to KVzip+ scores, and measure it on held-out text. Run it again to continue."""
+    """Fit the small model by which `-p kvzap` tells which keys a KV cache can drop (KVzap's surrogate of KVzip+
+    scores), and measure it on text that it was not fitted on. Run it again to continue."""
     from trtpass.kvzap.fit import Request, fit, render
     from trtpass.progress import bar
 

@@ -157,9 +157,15 @@ def _kvzap(
             raise InputError(f"{chosen[0]} needs an engine with a cache policy", "its folder", kvzap.BUILD)
         note(f"{', '.join(chosen)} left out: there is no engine with a cache policy; {kvzap.BUILD}")
         return []
-    records = kvzap.run([n for n in chosen if n in kvzap.NAMES], folder, machine, repeats, note)
-    if "kvzap.bytes" in chosen:
-        records += cache_memory.run(folder, machine, kvzap.LENGTHS, note)
+    try:
+        records = kvzap.run([n for n in chosen if n in kvzap.NAMES], folder, machine, repeats, note)
+        if "kvzap.bytes" in chosen:
+            records += cache_memory.run(folder, machine, kvzap.LENGTHS, note)
+    except InputError as reason:  # such as an engine with a dense cache, or a shorter context
+        if asked:
+            raise
+        note(f"{', '.join(chosen)} left out: {reason.found}")
+        return []
     return records
 
 
