@@ -6,11 +6,14 @@ stays as it is: the graph computes the same before and after, whatever was raise
 ==================  ==========================================================  ==============================
 rule                recognises                                                  becomes
 ==================  ==========================================================  ==============================
+``layer_norm``      ``(x - mean(x)) / sqrt(var + eps) * w + b``                 ``LayerNormalization``
 ``rms_norm``        ``x * 1/sqrt(mean(x^2) + eps) * w``                         ``RMSNormalization``
+``gelu``            ``x/2 * (1 + erf(x/sqrt(2)))``, or its tanh approximation   ``Gelu``
 ``rotary``          ``x * cos + concat(-x2, x1) * sin``, positions to ``[B,S]`` ``RotaryEmbedding``
 ``attention``       ``softmax(q k^T * scale + mask) v``                         ``Attention``
 ``grouped``         K, V expanded from Hkv to H heads before attention          grouped K, V
 ``causal``          a mask that is proved causal                                ``is_causal=1``, no mask
+``reshapes``        a Reshape that repeats leading sizes of its input           a target with 0 for these
 ==================  ==========================================================  ==============================
 """
 
@@ -23,7 +26,9 @@ import onnx_ir as ir
 
 from trtpass.errors import InputError
 from trtpass.ir import IR_VERSION, OPSET, tidy
-from trtpass.raising import attention, norms, rotary
+from trtpass.quiet import quiet
+from trtpass.raising import attention, gelu, norms, reshapes, rotary
+from trtpass.raising.sizes import infer_sizes
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,17 @@ def canonicalize(model: ir.Model) -> RaiseReport:
     counts: Counter[str] = Counter()
     near: list[str] = []
     graph = model.graph
+    infer_sizes(graph)
     # Norms and attention first: rotary's cos and sin are shared, so it wants to see every attention input at once.
     for name, rule in (
+        ("layer_norm", norms.raise_layer_norm),
         ("rms_norm", norms.raise_rms_norm),
+        ("gelu", gelu.raise_gelu),
         ("attention", attention.raise_decomposed),
         ("grouped", attention.raise_grouped),
         ("rotary", rotary.raise_rotary),
         ("causal", attention.raise_causal),
+        ("reshapes", reshapes.raise_reshapes),
     ):
         applied, reasons = rule(graph)
         counts[name] += applied
@@ -71,7 +80,8 @@ def _to_opset(model: ir.Model) -> None:
         from onnxscript import version_converter
 
         try:
-            version_converter.convert_version(model, OPSET, fallback=True)
+            with quiet():
+                version_converter.convert_version(model, OPSET, fallback=True)
         except Exception as error:
             raise InputError(
                 f"opset {have} could not be converted to {OPSET}: {type(error).__name__}: {str(error)[:200]}",

@@ -120,7 +120,7 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> str:
         return "its input is not a MatMul of queries and keys"
     q, factor_q = _unscaled(node.inputs[0])
     kt, factor_k = _unscaled(node.inputs[1])
-    k = None if kt is None else _untransposed(kt)
+    k = None if kt is None else _untransposed(graph, kt, q)
     if isinstance(k, str):
         return k
     v, out = weighted.inputs[1], weighted.outputs[0]
@@ -135,12 +135,23 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> str:
     return ""
 
 
-def _untransposed(kt: ir.Value) -> ir.Value | str:
-    """k ``[B, H, S, D]`` above ``[B, H, D, S]``: a Transpose, or Reshape(Transpose(Reshape(k))) with B and H merged."""
+def _untransposed(graph: ir.Graph, kt: ir.Value, q: ir.Value | None) -> ir.Value | str:
+    """k ``[B, H, S, D]`` above ``[B, H, D, S]``.
+
+    Recognised: a Transpose, also of ``[B, S, H, D]``, and Reshape(Transpose(Reshape(k))) with B and H merged.
+    """
     node = kt.producer()
     if is_op(node, "Transpose") and node.inputs[0] is not None:
         perm = list(node.attributes["perm"].value) if "perm" in node.attributes else []
-        return node.inputs[0] if perm == [0, 1, 3, 2] else f"keys are transposed by {perm}"
+        if perm == [0, 1, 3, 2]:
+            return node.inputs[0]
+        source, order = dims(node.inputs[0]), [0, 2, 1, 3]
+        if perm != [0, 2, 3, 1] or source is None or (dims(q) or [None] * 2)[1] != source[2]:
+            return f"keys are transposed by {perm}"
+        shape = [source[i] for i in order]  # [B, S, H, D] to [B, H, S, D]
+        k = make_node("Transpose", [node.inputs[0]], [(f"{kt.name}_keys", kt.dtype, shape)], {"perm": order})
+        graph.insert_before(node, k)
+        return k.outputs[0]
     inner = node.inputs[0].producer() if is_op(node, "Reshape") and node.inputs[0] is not None else None
     merge = inner.inputs[0].producer() if is_op(inner, "Transpose") and inner.inputs[0] is not None else None
     if not is_op(node, "Reshape") or not is_op(inner, "Transpose") or not is_op(merge, "Reshape"):
@@ -195,6 +206,8 @@ def _is_scores(value: ir.Value | None) -> bool:
 def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
     """The tensor before a multiplication by a constant (exporters put sqrt(scale) on q and on k), and the constant."""
     node = None if value is None else value.producer()
-    if is_op(node, "Mul") and (factor := const_scalar(node.inputs[1])) is not None:
-        return node.inputs[0], float(factor)
+    if is_op(node, "Mul", "Div") and (factor := const_scalar(node.inputs[1])):
+        return node.inputs[0], float(factor) if node.op_type == "Mul" else 1.0 / float(factor)
+    if is_op(node, "Mul") and (factor := const_scalar(node.inputs[0])) is not None:
+        return node.inputs[1], float(factor)
     return value, 1.0

@@ -1,0 +1,302 @@
+"""Sizes of every tensor, through the integer arithmetic that exporters put above Reshape, Expand and Resize.
+
+ONNX's own shape inference loses a size as soon as it goes through such arithmetic. Here the contents of short integer
+tensors are followed element by element; an element is an integer or the name of a size. Nothing is read but constants
+of up to 64 elements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from trtpass.ir import const_array, const_scalar, constant, dims, int_attr, is_op
+
+Size = int | str | None
+"""A number, the name of a size that is only known when the graph runs (never negative), or unknown."""
+
+_LONGEST = 64
+_FAILURES = (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError)
+
+
+def infer_sizes(graph: ir.Graph) -> Sizes:
+    """Fill in the sizes of all node outputs, in place; what is known already stays unless it can be told better.
+
+    A size better than another: a number before a name, the name of a graph input's size before any other name. A size
+    that nothing tells gets a name of its own. Float32 scalars that come from sizes alone (scales such as
+    ``1 / sqrt(D)``) become constants.
+    """
+    sizes = Sizes(graph)
+    for node in graph:
+        sizes.visit(node)
+    for value, number in sizes.floats.items():
+        if const_scalar(value) is None:
+            value.replace_all_uses_with(constant(graph, f"folded_{number!r}", np.array(number, np.float32)))
+    return sizes
+
+
+class Sizes:
+    """What is known of sizes and of the contents of short integer tensors. One instance a graph, nodes in order."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.version = graph.opset_imports.get("", 1)
+        self.given = {str(d.value) for v in graph.inputs for d in v.shape or () if not isinstance(d, int) and d.value}
+        self.known: dict[ir.Value, tuple[Size, ...]] = {}
+        self.floats: dict[ir.Value, float] = {}
+        self.taken = {str(d) for n in graph for v in n.outputs for d in shape_of(v) or () if isinstance(d, str)}
+        self.made = 0
+
+    def contents(self, value: ir.Value | None) -> tuple[Size, ...] | None:
+        """The elements of an integer (or boolean) tensor of rank 0 or 1, in order; None where they are not known."""
+        if value is None:
+            return None
+        if value not in self.known:
+            array = const_array(value)
+            if array is None or array.dtype.kind not in "iub" or array.ndim > 1 or array.size > _LONGEST:
+                return None
+            self.known[value] = tuple(int(x) for x in array.reshape(-1))
+        return self.known[value]
+
+    def visit(self, node: ir.Node) -> None:
+        """Work out the outputs of one node whose inputs are known."""
+        if node.domain != "" or any(a.type == ir.AttributeType.GRAPH for a in node.attributes.values()):
+            return
+        if is_op(node, "Constant"):
+            tensor = ir.convenience.get_const_tensor(node.outputs[0])
+            if tensor is not None:
+                node.outputs[0].shape = ir.Shape(list(tensor.shape))
+            return
+        if (number := _float(self, node)) is not None:
+            self.floats[node.outputs[0]] = number
+        found = _evaluate(self, node)
+        if found is not None and len(found) <= _LONGEST:
+            self.known[node.outputs[0]] = found
+        told = self._shape(node)
+        shapes = [told] if told is not None else []
+        if told is None or node.outputs[0].dtype is None:
+            shapes = self._by_onnx(node, told)
+        for value, shape in zip(node.outputs, shapes, strict=False):
+            if shape is not None:
+                self._merge(value, shape)
+
+    def _merge(self, value: ir.Value, shape: Sequence[Size]) -> None:
+        old = shape_of(value)
+        if old is None or len(old) != len(shape):
+            old = [None] * len(shape)
+        value.shape = ir.Shape([self._better(a, b) for a, b in zip(old, shape, strict=True)])
+
+    def _better(self, old: Size, new: Size) -> int | str:
+        for size in (new, old):
+            if isinstance(size, int):
+                return size
+        for size in (new, old):
+            if size in self.given:
+                return str(size)
+        if old is not None or new is not None:
+            return str(new if old is None else old)
+        while (name := f"size_{self.made}") in self.taken or name in self.given:
+            self.made += 1
+        self.taken.add(name)
+        return name
+
+    def _shape(self, node: ir.Node) -> list[Size] | None:
+        """The shape of the only output where contents tell it."""
+        x = shape_of(node.inputs[0]) if node.inputs else None
+        if is_op(node, "Reshape"):
+            target = self.contents(node.inputs[1])
+            return None if target is None else _reshaped(x, target, int_attr(node, "allowzero", 0))
+        if is_op(node, "Expand"):
+            target = self.contents(node.inputs[1])
+            return None if target is None or x is None else _broadcast(x, target)
+        if is_op(node, "ConstantOfShape"):
+            return _listed(self.contents(node.inputs[0]))
+        if is_op(node, "Resize") and len(node.inputs) > 3 and "axes" not in node.attributes:
+            return _listed(self.contents(node.inputs[3]))
+        return None
+
+    def _by_onnx(self, node: ir.Node, told: list[Size] | None) -> list[list[Size] | None]:
+        """Shapes of the outputs by ONNX's inference of this one node; also sets types that are missing."""
+        types, data = {}, {}
+        for value in node.inputs:
+            if value is None:
+                continue
+            if value.dtype is None:
+                return []
+            shape = shape_of(value)
+            types[str(value.name)] = onnx.helper.make_tensor_type_proto(int(value.dtype), shape)
+            elements = self.contents(value)
+            if elements is not None and all(isinstance(e, int) for e in elements) and shape is not None:
+                data[str(value.name)] = onnx.helper.make_tensor(str(value.name), int(value.dtype), shape, elements)
+        try:
+            schema = onnx.defs.get_schema(node.op_type, self.version, "")
+            opset = [onnx.helper.make_opsetid("", self.version)]
+            found = onnx.shape_inference.infer_node_outputs(schema, ir.to_proto(node), types, data, opset_imports=opset)
+        except (onnx.defs.SchemaError, *_FAILURES):
+            return []
+        shapes: list[list[Size] | None] = []
+        for i, value in enumerate(node.outputs):
+            tensor = found[value.name].tensor_type if value.name in found else None
+            if tensor is not None and value.type is None and tensor.elem_type:
+                value.type = ir.TensorType(ir.DataType(tensor.elem_type))
+            if i == 0 and told is not None:
+                shapes.append(told)
+            elif tensor is None or not tensor.HasField("shape"):
+                shapes.append(None)
+            else:
+                shapes.append(
+                    [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim]
+                )
+        return shapes
+
+
+def shape_of(value: ir.Value | None) -> list[Size] | None:
+    """Sizes of a tensor as numbers and names; None if not even the rank is known."""
+    found = dims(value)
+    if found is None:
+        return None
+    return [d if d is None or isinstance(d, int) else str(d) for d in found]
+
+
+def _listed(sizes: tuple[Size, ...] | None) -> list[Size] | None:
+    return None if sizes is None or any(isinstance(s, int) and s < 0 for s in sizes) else list(sizes)
+
+
+def _reshaped(x: list[Size] | None, target: tuple[Size, ...], allowzero: int) -> list[Size] | None:
+    """The shape after Reshape: 0 copies, -1 is what is left."""
+    out: list[Size] = []
+    for i, size in enumerate(target):
+        if size == 0 and not allowzero:
+            if x is None or i >= len(x):
+                return None
+            size = x[i]
+        out.append(size)
+    if -1 not in out:
+        return out
+    at = out.index(-1)
+    out[at] = None
+    rest = [s for i, s in enumerate(out) if i != at]
+    if x is None or None in rest or None in x:
+        return out
+    left = list(x)
+    for size in rest:  # the same name on both sides cancels
+        if isinstance(size, str):
+            if size not in left:
+                return out
+            left.remove(size)
+    names = [s for s in left if isinstance(s, str)]
+    above, below = (math.prod(s for s in side if isinstance(s, int)) for side in (left, rest))
+    if below > 0 and above % below == 0 and (not names or (len(names) == 1 and above == below)):
+        out[at] = names[0] if names else above // below
+    return out
+
+
+def _broadcast(x: list[Size], target: tuple[Size, ...]) -> list[Size]:
+    """The shape after Expand: sizes of 1 take the other side's."""
+    rank = max(len(x), len(target))
+    pairs = zip([1] * (rank - len(x)) + x, [1] * (rank - len(target)) + list(target), strict=True)
+    return [b if a == 1 else a if b == 1 or a == b or isinstance(a, int) else None for a, b in pairs]
+
+
+def _evaluate(sizes: Sizes, node: ir.Node) -> tuple[Size, ...] | None:
+    """The elements of the output of one node of shape arithmetic, or None."""
+    if is_op(node, "Shape"):
+        shape = shape_of(node.inputs[0])
+        if shape is None:
+            return None
+        end = int_attr(node, "end", len(shape))
+        return tuple(shape)[slice(int_attr(node, "start", 0), end)]
+    if is_op(node, "Cast") and node.inputs[0] in sizes.floats and _is_integer(node):
+        return (int(sizes.floats[node.inputs[0]]),)
+    parts = [sizes.contents(v) for v in node.inputs if v is not None]
+    if not parts or any(p is None for p in parts):
+        return None
+    values = [p for p in parts if p is not None]
+    first = values[0]
+    if is_op(node, "Unsqueeze", "Squeeze", "Reshape"):
+        rank = None if (shape := shape_of(node.outputs[0])) is None else len(shape)
+        return first if rank in (None, 0, 1) else None
+    if is_op(node, "Identity"):
+        return first
+    if is_op(node, "Cast"):
+        return first if _is_integer(node) else None
+    if is_op(node, "Concat"):
+        return tuple(size for part in values for size in part)
+    if is_op(node, "Gather") and int_attr(node, "axis", 0) == 0:
+        at = [i for i in values[1] if isinstance(i, int) and -len(first) <= i < len(first)]
+        return tuple(first[i] for i in at) if len(at) == len(values[1]) else None
+    if is_op(node, "Slice"):
+        return _slice(first, values[1:])
+    if is_op(node, "ConstantOfShape") and len(first) == 1 and isinstance(first[0], int) and first[0] <= _LONGEST:
+        fill = node.attributes["value"].value.numpy().reshape(-1)[0] if "value" in node.attributes else 0.0
+        return (int(fill),) * first[0] if hasattr(fill, "dtype") and fill.dtype.kind in "iu" else None
+    if is_op(node, "Add", "Sub", "Mul", "Div", "Equal", "Where"):
+        length = max(len(v) for v in values)
+        if any(len(v) not in (1, length) for v in values):
+            return None
+        rows = zip(*(v * (length if len(v) == 1 else 1) for v in values), strict=True)
+        return tuple(_element(node.op_type, *row) for row in rows)
+    return None
+
+
+def _float(sizes: Sizes, node: ir.Node) -> float | None:
+    """The value of a float32 scalar that is computed from numbers alone, or None."""
+    if not is_op(node, "Cast", "Sqrt", "Reciprocal", "Div", "Mul", "Pow") or not node.inputs:
+        return None
+    if is_op(node, "Cast") and int_attr(node, "to", 0) != ir.DataType.FLOAT:
+        return None
+    numbers: list[float] = []
+    for value in node.inputs:
+        elements = sizes.contents(value)
+        number = sizes.floats[value] if value in sizes.floats else const_scalar(value)
+        if elements is not None and len(elements) == 1 and isinstance(elements[0], int):
+            number = elements[0]
+        if number is None or (shape_of(value) != [] and not is_op(node, "Cast", "Sqrt", "Reciprocal", "Div")):
+            return None
+        numbers.append(float(number))
+    if node.outputs[0].dtype not in (None, ir.DataType.FLOAT):
+        return None
+    try:
+        first, other = np.float32(numbers[0]), np.float32(numbers[-1])
+        with np.errstate(all="ignore"):
+            result = {
+                "Cast": lambda: first, "Sqrt": lambda: np.sqrt(first), "Reciprocal": lambda: np.float32(1) / first,
+                "Div": lambda: first / other, "Mul": lambda: first * other, "Pow": lambda: first**other,
+            }[node.op_type]()  # fmt: skip
+    except ArithmeticError:
+        return None
+    return float(result) if np.isfinite(result) else None
+
+
+def _slice(first: tuple[Size, ...], rest: list[tuple[Size, ...]]) -> tuple[Size, ...] | None:
+    numbers = [[e for e in part if isinstance(e, int)] for part in rest]
+    if any(len(n) != 1 or len(n) != len(p) for n, p in zip(numbers, rest, strict=True)):
+        return None
+    step = numbers[3][0] if len(numbers) > 3 else 1
+    return first[numbers[0][0] : numbers[1][0] : step] if step > 0 else None
+
+
+def _is_integer(cast: ir.Node) -> bool:
+    return int_attr(cast, "to", 0) in (ir.DataType.INT64, ir.DataType.INT32)
+
+
+def _element(op: str, a: Size, b: Size, c: Size = None) -> Size:
+    """One element; a name is a number that is not negative."""
+    if op == "Where":
+        return (b if a else c) if isinstance(a, int) else None
+    if op == "Equal":
+        if isinstance(a, int) and isinstance(b, int):
+            return int(a == b)
+        below = any(isinstance(x, int) and x < 0 for x in (a, b))
+        return 0 if below and any(isinstance(x, str) for x in (a, b)) else None if a is None or a != b else 1
+    if isinstance(a, int) and isinstance(b, int):
+        if op == "Div":
+            return None if b == 0 else int(math.copysign(abs(a) // abs(b), a * b))
+        return a + b if op == "Add" else a - b if op == "Sub" else a * b
+    neutral = 0 if op in ("Add", "Sub") else 1
+    if b == neutral:
+        return a
+    return b if a == neutral and op in ("Add", "Mul") else None
