@@ -2,7 +2,7 @@
 
 Tokens may be paragraphs, audio frames, samples of a log: nothing here knows what they are. The operators are those of
 the graph (ConnectedComponents, SegmentMean, BipartiteMatch, MergeTokens), run by ONNX Runtime: native kernels where
-their library is there, else the ONNX bodies. torch is not needed, and slower: its references loop over components.
+their library is there, else the ONNX bodies. torch is not used: its references are no faster than the bodies.
 
 The function's module cannot be called ``scc``: importing it would put the module in the function's place.
 """

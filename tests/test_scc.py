@@ -1,0 +1,373 @@
+"""``trtpass.scc`` against scipy and plain NumPy, its invariants, what it refuses, and the examples of docs/scc.md."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from one_op import Array, in_onnxruntime, in_torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+import trtpass
+from plugins import all_ops
+from plugins.connected_components.cases import arcs, chain
+from trtpass import components
+from trtpass.errors import InputError
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "scc.md"
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Any:
+    """Few tokens may be kept of the few that a test has; the warning has a test of its own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tokens are kept", category=UserWarning)
+        yield
+
+
+def tokens_of(seed: int, count: int, width: int = 8, dtype: str = "float32") -> Array:
+    """Tokens `[n, E]` with components of all sizes, no cosine near 0.9."""
+    return arcs(np.random.default_rng(seed), count, width).astype(dtype)
+
+
+def plain_components(x: Array, tau: float) -> list[list[int]]:
+    """Members of each component, by the index of the head: straight from the definition, float64."""
+    norm = np.linalg.norm(x, axis=1)
+    near = (x @ x.T > tau * np.outer(norm, norm)) & np.outer(norm > 0, norm > 0)
+    np.fill_diagonal(near, False)
+    degree = near.sum(1)
+    left, found = set(range(len(x))), []
+    while left:
+        group, todo = set(), [left.pop()]
+        while todo:
+            i = todo.pop()
+            group.add(i)
+            fresh = left & set(np.flatnonzero(near[i]).tolist())
+            left -= fresh
+            todo += fresh
+        found.append(sorted(group))
+    return sorted(found, key=lambda group: max(group, key=lambda i: (degree[i], -i)))
+
+
+def plain_two_steps(x: Array, tau: float, groups: Array, positions: Array) -> dict[str, Array]:
+    """The two steps token by token, float64."""
+    parts = [np.flatnonzero(groups == g)[m] for g in sorted(set(groups.tolist())) for m in
+             plain_components(x[groups == g], tau)]  # fmt: skip
+    means = np.array([x[part].mean(0) for part in parts])
+    merged = plain_components(means, tau)
+    base = np.array([means[part].mean(0) for part in merged])
+    label = np.empty(len(x), int)
+    for r, part in enumerate(merged):
+        label[np.concatenate([parts[p] for p in part])] = r
+    source, unit = label.copy(), base / np.maximum(np.linalg.norm(base, axis=1, keepdims=True), 1e-30)
+    for i, token in enumerate(x):
+        if token.any() and unit.any():
+            label[i] = int(np.argmax(unit @ token))
+    rows, places = [], []
+    for r, row in enumerate(base):
+        own = label == r
+        rows.append((row + x[own].sum(0)) / (1 + own.sum()))
+        places.append(positions[own if own.any() else source == r])
+    ranges = np.array([[p.min(), p.max()] for p in places])
+    sizes = np.bincount(label, minlength=len(base))
+    return {"tokens": np.array(rows), "label": label, "sizes": sizes, "ranges": ranges,
+            "positions": np.array([p.mean() for p in places])}  # fmt: skip
+
+
+def check(made: Any, positions: Array) -> None:
+    """What holds for every result."""
+    n, k = len(made.label), len(made.tokens)
+    assert made.sizes.sum() == n and made.kept == k / n
+    np.testing.assert_array_equal(made.sizes, np.bincount(made.label, minlength=k))
+    low, high = made.ranges.T
+    assert (low[made.label] <= positions).all() and (positions <= high[made.label]).all()
+    assert (low <= made.positions).all() and (made.positions <= high).all()
+    order = np.argsort(positions, kind="stable")
+    spelled = []
+    place = np.argsort(order)
+    for first, last, label in made.runs.tolist():
+        spelled += [label] * (place[last] - place[first] + 1)
+    assert spelled == made.label[order].tolist()
+    assert (np.diff(made.runs[:, 2]) != 0).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 50), width=st.sampled_from([1, 2, 7, 16]))
+def test_components_are_those_of_scipy(seed: int, count: int, width: int) -> None:
+    x = tokens_of(seed, count, width)
+    wide = x.astype(np.float64)
+    unit = wide / np.linalg.norm(wide, axis=1, keepdims=True)
+    expected, found = connected_components(coo_array(unit @ unit.T > 0.9), directed=False)
+    made = trtpass.scc(x)
+    assert len(made.tokens) == expected
+    assert len(set(zip(made.label.tolist(), found.tolist(), strict=True))) == expected
+    for r in range(expected):
+        np.testing.assert_allclose(made.tokens[r], wide[made.label == r].mean(0), rtol=1e-5, atol=1e-6)
+        assert made.positions[r] == pytest.approx(np.flatnonzero(made.label == r).mean())
+    check(made, np.arange(count))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1), count=st.integers(1, 50), groups=st.integers(1, 9), zeros=st.booleans()
+)  # fmt: skip
+def test_two_steps_are_those_of_plain_numpy(seed: int, count: int, groups: int, zeros: bool) -> None:
+    """Groups of uneven sizes whose labels are in no order; positions too."""
+    rng = np.random.default_rng(seed)
+    things = rng.standard_normal((6, 24))
+    x = (things[rng.integers(6, size=count)] + 0.1 * rng.standard_normal((count, 24))).astype(np.float32)
+    x[rng.random(count) < 0.2 * zeros] = 0
+    group = rng.integers(-3, groups, count) ** 3
+    positions = rng.integers(0, 1000, count)
+    made = trtpass.scc(x, 0.8, groups=group, positions=positions)
+    check(made, positions)
+    for name, right in plain_two_steps(x.astype(np.float64), 0.8, group, positions).items():
+        if made.kept < 1 or name != "tokens":
+            np.testing.assert_allclose(getattr(made, name), right, rtol=1e-4, atol=1e-5, err_msg=name)
+        else:
+            np.testing.assert_array_equal(made.tokens[made.label], x)
+
+
+@pytest.mark.parametrize("groups", [None, 7])
+def test_a_permutation_permutes_the_result(groups: int | None) -> None:
+    rng = np.random.default_rng(3)
+    x, order = tokens_of(3, 60, 16), rng.permutation(60)
+    labels = None if groups is None else np.arange(60) // groups
+    made = trtpass.scc(x, groups=labels)
+    moved = trtpass.scc(x[order], groups=None if labels is None else labels[order], positions=order)
+    pairs = set(zip(made.label[order].tolist(), moved.label.tolist(), strict=True))
+    assert len(pairs) == len(made.tokens) == len(moved.tokens) > 5
+    to = np.array([new for _, new in sorted(pairs)])
+    np.testing.assert_allclose(moved.tokens[to], made.tokens, rtol=1e-5, atol=1e-6)
+    for name in ("sizes", "positions", "ranges"):
+        np.testing.assert_allclose(getattr(moved, name)[to], getattr(made, name))
+
+
+@pytest.mark.parametrize("place", ["shuffled", "ascending"])
+@pytest.mark.parametrize("groups", [None, 50])
+def test_a_chain_of_200_is_one(place: str, groups: int | None) -> None:
+    """Each token is similar to the next alone: a cosine of 0.5. Means of links of the chain are further apart."""
+    order = {"shuffled": lambda rng, n: rng.permutation(n), "ascending": lambda rng, n: np.arange(n)}[place]
+    x = chain(order)(np.random.default_rng(0), 200, 201).astype(np.float32)
+    made = trtpass.scc(x, 0.4, groups=groups)
+    if groups is None:
+        assert made.label.tolist() == [0] * 200 and made.ranges.tolist() == [[0, 199]]
+    elif place == "ascending":  # four chains of 50, whose means have a cosine of 1/199
+        assert made.sizes.tolist() == [50] * 4
+    check(made, np.arange(200))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("groups", [None, 4])
+@pytest.mark.parametrize("tau", [1.5, float("inf")])
+def test_above_one_every_token_comes_back(dtype: str, groups: int | None, tau: float) -> None:
+    """Duplicates, multiples and zero vectors too."""
+    x = tokens_of(0, 11, dtype=dtype)
+    x[4], x[7], x[9] = x[2], 2 * x[2], 0
+    with pytest.warns(UserWarning, match=r"outside \[-1, 1\]"):
+        made = trtpass.scc(x, tau, groups=groups)
+    np.testing.assert_array_equal(made.tokens, x)
+    assert made.tokens.dtype == x.dtype and made.kept == 1.0
+    assert made.sizes.tolist() == [1] * 11 and made.label.tolist() == list(range(11))
+
+
+@pytest.mark.parametrize("groups", [None, 4])
+def test_below_minus_one_all_are_one(groups: int | None) -> None:
+    with pytest.warns(UserWarning, match=r"tau=-1.5 is outside \[-1, 1\]: below -1 all tokens"):
+        made = trtpass.scc(tokens_of(0, 11), -1.5, groups=groups)
+    assert made.sizes.tolist() == [11] and made.ranges.tolist() == [[0, 10]] and made.runs.tolist() == [[0, 10, 0]]
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.filterwarnings("ignore:scc")
+def test_what_has_no_direction_is_similar_to_nothing(groups: int | None) -> None:
+    x = np.array([[3, 4], [0, 0], [-3, -4], [0, 0], [np.nan, 1], [8, 6], [np.inf, 0]], np.float32)
+    made = trtpass.scc(x, -2.0, groups=groups)
+    assert sorted(made.sizes.tolist()) == [1, 1, 1, 1, 3]
+    assert len(set(made.label[[0, 2, 5]].tolist())) == 1
+    np.testing.assert_array_equal(made.tokens[made.label[[1, 3, 4, 6]]], x[[1, 3, 4, 6]])
+
+
+def test_a_representative_that_nobody_joins_keeps_its_place() -> None:
+    """Members of a ring are on all sides of its mean; each finds another token closer."""
+    steps = np.deg2rad(np.arange(0, 360, 20))
+    ring = np.stack([np.cos(steps), np.sin(steps), np.full(18, 0.1)], 1)
+    others = np.array([[np.cos(a), np.sin(a), -0.9] for a in np.deg2rad([0, 90, 180, 270])])
+    x = np.concatenate([ring, others]).astype(np.float32)
+    made = trtpass.scc(x, 0.9, groups=22)
+    alone = np.flatnonzero(made.sizes == 0)
+    assert alone.tolist() == [0] and made.sizes.sum() == 22
+    assert made.positions[0] == 8.5 and made.ranges[0].tolist() == [0, 17]
+    np.testing.assert_allclose(made.tokens[0], ring.mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [None, 5])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_kernels_bodies_and_references_agree(groups: int | None, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators that run are those of the graph: native kernels, where the library is, equal both definitions."""
+    x = tokens_of(1, 40, 16, dtype)
+    made = [trtpass.scc(x, groups=groups)]
+    for run in (in_torch, lambda op, inputs, attrs: in_onnxruntime(op, "dynamic", inputs, attrs)):
+
+        def other(name: str, inputs: Any, _run: Any = run, **attrs: float) -> list[Array]:
+            return _run(all_ops()[name], [np.ascontiguousarray(y) for y in inputs], attrs)
+
+        monkeypatch.setattr(components, "_run", other)
+        made.append(trtpass.scc(x, groups=groups))
+    assert 1 < len(made[0].tokens) < 40
+    for each in made[1:]:
+        for name in ("sizes", "label", "ranges", "positions", "runs"):
+            np.testing.assert_array_equal(getattr(each, name), getattr(made[0], name), err_msg=name)
+        tolerance = all_ops()["MergeTokens"].tolerance.of(dtype)
+        np.testing.assert_allclose(each.tokens, made[0].tokens, **tolerance)
+
+
+def test_groups_of_one_size_are_those_of_labels_in_any_order() -> None:
+    """Frames are compared as they lie, uneven groups are packed: one result."""
+    x, order = tokens_of(2, 60, 16), np.random.default_rng(2).permutation(60)
+    made = trtpass.scc(x, groups=12)
+    again = trtpass.scc(x, groups=np.arange(60) // 12 * 10 - 7)
+    np.testing.assert_array_equal(made.tokens, again.tokens)
+    shuffled = trtpass.scc(x[order], groups=(np.arange(60) // 12)[order])
+    assert len(shuffled.tokens) == len(made.tokens)
+    assert len(trtpass.scc(x, groups=7).tokens) >= 1  # the last group has 4
+
+
+@pytest.mark.parametrize("groups", [None, 5])
+def test_streams_of_a_batch_are_independent(groups: int | None) -> None:
+    x = np.stack([tokens_of(seed, 23, 16) for seed in (1, 2, 3)])
+    positions = np.arange(69).reshape(3, 23) * 0.5
+    made = trtpass.scc(x, groups=groups, positions=positions)
+    assert isinstance(made, tuple) and len(made) == 3
+    for row, place, each in zip(x, positions, made, strict=True):
+        alone = trtpass.scc(row, groups=groups, positions=place)
+        np.testing.assert_array_equal(each.tokens, alone.tokens)
+        np.testing.assert_array_equal(each.ranges, alone.ranges)
+        check(each, place)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_torch_in_torch_out(dtype: torch.dtype) -> None:
+    x = torch.from_numpy(tokens_of(4, 30, 16)).to(dtype).requires_grad_()
+    groups, positions = torch.arange(30) // 6, torch.linspace(0, 1, 30, dtype=torch.float64)
+    made = trtpass.scc(x, groups=groups, positions=positions)
+    plain = x.detach().double().numpy() if dtype == torch.float64 else x.detach().float().numpy()
+    expected = trtpass.scc(plain, groups=groups.numpy(), positions=positions.numpy())
+    assert made.tokens.dtype == dtype and made.label.dtype == torch.int64 and made.kept == expected.kept
+    for name in ("label", "sizes", "positions", "ranges", "runs"):
+        np.testing.assert_array_equal(getattr(made, name).numpy(), getattr(expected, name))
+    np.testing.assert_allclose(made.tokens.double().numpy(), expected.tokens, rtol=2 * torch.finfo(dtype).eps)
+
+
+def test_numpy_needs_no_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import numpy as np, trtpass\n"
+        "x = np.repeat(np.eye(4, dtype='float16'), 3, 0)\n"
+        "made = trtpass.scc(x, groups=5)\n"
+        "assert made.sizes.tolist() == [3, 3, 3, 3] and made.tokens.tolist() == np.eye(4).tolist(), made\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_time_stamps_keep_their_precision() -> None:
+    x = np.repeat(np.eye(2, dtype=np.float32), 3, 0)
+    stamps = 1.7e9 + np.array([0.001, 0.002, 0.003, 0.1, 0.2, 0.3])
+    made = trtpass.scc(x, positions=stamps)
+    np.testing.assert_array_equal(made.ranges, stamps[[[0, 2], [3, 5]]])
+    np.testing.assert_allclose(made.positions - 1.7e9, [0.002, 0.2], atol=1e-6)
+
+
+def test_a_state_that_returns_has_a_run_of_its_own() -> None:
+    a, b = np.eye(2, dtype=np.float32)
+    made = trtpass.scc(np.stack([a, a, b, a, b, b]), groups=2, positions=[10, 11, 12, 13, 14, 15])
+    assert made.runs.tolist() == [[0, 1, 0], [2, 2, 1], [3, 3, 0], [4, 5, 1]]
+    assert made.ranges.tolist() == [[10, 13], [12, 15]]
+
+
+def test_few_kept_tokens_are_a_warning() -> None:
+    x = np.ones((100, 4), np.float32)
+    with pytest.warns(UserWarning, match=r"scc: 1 of 100 tokens are kept \(1.0%, less than 5%\)") as found:
+        trtpass.scc(x)
+    assert len(found) == 1 and found[0].filename == __file__
+    x[:4] = np.eye(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert trtpass.scc(x, 0.9).kept == 0.05
+
+
+X = np.ones((6, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"tau": float("nan")}, "tau is nan"),
+        ({"tau": "0.9"}, "tau is '0.9'"),
+        ({"tau": True}, "tau is True"),
+        ({"tokens": X[0]}, r"shape \[3\].*\[n, E\]"),
+        ({"tokens": X[None, None]}, r"shape \[1, 1, 6, 3\]"),
+        ({"tokens": X[:0]}, r"shape \[0, 3\]"),
+        ({"tokens": X[:, :0]}, r"shape \[6, 0\]"),
+        ({"tokens": X.astype(int)}, "tokens are int64"),
+        ({"tokens": X.tolist()}, "tokens are list"),
+        ({"tokens": torch.ones(2, 2, dtype=torch.int32)}, "tokens are int32"),
+        ({"groups": 0}, "groups=0"),
+        ({"groups": np.zeros(5, int)}, r"groups have shape \[5\].*for 6 tokens"),
+        ({"groups": np.zeros(6)}, "dtype float64"),
+        ({"groups": True}, "dtype bool"),
+        ({"groups": [[0], [1, 2]]}, "groups"),
+        ({"groups": "frame"}, "groups"),
+        ({"positions": np.zeros(7)}, r"positions have shape \[7\]"),
+        ({"positions": [0, 1, 2, 3, 4, np.nan]}, "NaN"),
+        ({"positions": ["a"] * 6}, "positions"),
+        ({"tokens": X[None].repeat(2, 0), "positions": np.zeros((3, 6))}, "2 streams of 6 tokens"),
+    ],
+)
+def test_bad_input_is_one_clear_error(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match="(?s)scc: .*" + words):
+        trtpass.scc(**{"tokens": X, **given})
+
+
+def test_no_memory_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def run(self, *_: Any) -> None:
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 1")
+
+    monkeypatch.setattr(components, "_session", lambda *_: Full())
+    with pytest.raises(InputError, match=r"ConnectedComponents of \[1, 6, 3\] and \[1\] failed: Failed to allocate"):
+        trtpass.scc(X)
+
+
+def test_what_the_package_exports() -> None:
+    assert trtpass.scc is components.scc and set(trtpass.__all__) == {"scc", "Components"}
+    with pytest.raises(AttributeError, match="no attribute 'sccc'"):
+        trtpass.sccc  # noqa: B018
+
+
+def test_the_page_has_an_example_each() -> None:
+    assert len(examples()) == 4
+    assert all(any(word in code for code in examples()) for word in ("paragraphs", "frames", "samples"))
+
+
+def examples() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.S | re.M)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_examples_of_the_page(number: int) -> None:
+    """Each stands alone, and says with assertions what it claims."""
+    code = examples()[number]
+    assert "assert " in code
+    exec(compile(code, f"{PAGE.name}, example {number}", "exec"), {})
