@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from trtpass.ir import const_array, dims, float_attr, int_attr, is_op
+from trtpass.residuals import ROWWISE, after_attention, after_mlp
 
-# Between a projection's MatMul and attention, these change the layout or the scale of a token's row, never its token.
-_ROWWISE = ("Transpose", "Reshape", "RotaryEmbedding", "RMSNormalization", "LayerNormalization", "Cast", "Identity")
 _POSITIONAL = (
     "Cos",
     "Sin",
@@ -40,8 +39,8 @@ _POSITIONAL = (
 class AttentionBlock:
     """One attention: its node and what surrounds it.
 
-    Shapes: q ``[B, H, S, D]``, k ``[B, Hkv, S, D]``, v ``[B, Hkv, S, Dv]``, output ``[B, H, S, Dv]``; residuals
-    ``[B, S, E]``.
+    Shapes: q ``[B, H, S, D]``, k ``[B, Hkv, S, D]``, v ``[B, Hkv, S, Dv]``, output ``[B, H, S, Dv]``;
+    residuals ``[B, S, E]``: ``residual_in`` before attention, ``residual_out`` after it, ``mlp_out`` after the MLP.
     """
 
     layer: int
@@ -65,6 +64,8 @@ class AttentionBlock:
     residual_in: ir.Value | None
     residual_out: ir.Value | None
     why_no_residual: str
+    mlp_out: ir.Value | None = None
+    why_no_mlp: str = ""
 
     @property
     def group(self) -> int:
@@ -107,15 +108,16 @@ def find(model: ir.Model) -> Anchors:
             )
         )
     input_ids = _input_ids(graph)
-    if input_ids is None:
+    decoder = not blocks or any(v.dtype is None or not v.dtype.is_floating_point() for v in graph.inputs)
+    if input_ids is None and decoder:  # a graph with attention and without integer inputs is an encoder
         missing.append(
             "no token input: no int64 [batch, sequence] graph input is looked up in an embedding table by Gather"
         )
     logits = _logits(graph)
-    if logits is None:
+    if logits is None and decoder:
         missing.append("no logits: no graph output [batch, sequence, vocabulary] is produced by a MatMul or Gemm")
     positions, why = _positions(blocks)
-    if positions is None:
+    if positions is None and decoder:
         missing.append(why)
     axes = {"input_ids": 1} if input_ids is not None else {}
     for block in blocks:
@@ -145,7 +147,8 @@ def _block(node: ir.Node, layer: int) -> AttentionBlock | str:
         return f"{label}: {heads} query heads cannot be grouped over {kv_heads} key and {shapes[2][1]} value heads"  # type: ignore[index]
     causal, why = _is_causal(node)
     qkv_input, why_qkv = _qkv_input(q, k, v)
-    o_proj, residual_in, residual_out, why_residual = _residual(node)
+    o_proj, residual_in, residual_out, why_residual = after_attention(node)
+    mlp_out, why_mlp = (None, why_residual) if residual_out is None else after_mlp(residual_in, residual_out)
     return AttentionBlock(
         layer=layer, node=node, q=q, k=k, v=v, output=node.outputs[0],
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, v_head_dim=v_head_dim,
@@ -154,6 +157,7 @@ def _block(node: ir.Node, layer: int) -> AttentionBlock | str:
         rope_q=_producer(q, "RotaryEmbedding"), rope_k=_producer(k, "RotaryEmbedding"),
         qkv_input=qkv_input, why_no_qkv_input=why_qkv,
         o_proj=o_proj, residual_in=residual_in, residual_out=residual_out, why_no_residual=why_residual,
+        mlp_out=mlp_out, why_no_mlp=why_mlp,
     )  # fmt: skip
 
 
@@ -181,7 +185,7 @@ def _projection(value: ir.Value) -> ir.Node | None:
         seen += 1
         if is_op(node, "MatMul", "Gemm"):
             return node
-        if is_op(node, *_ROWWISE, "Split", "Slice", "Squeeze", "Unsqueeze"):
+        if is_op(node, *ROWWISE, "Split", "Slice", "Squeeze", "Unsqueeze"):
             candidate = node.inputs[0]
         elif is_op(node, "Add", "Mul"):  # bias or a scale: exactly one side is constant
             sides = [v for v in node.inputs if v is not None and v.const_value is None]
@@ -206,31 +210,6 @@ def _qkv_input(q: ir.Value, k: ir.Value, v: ir.Value) -> tuple[ir.Value | None, 
         names = ", ".join(str(s.name) for s in sources)
         return None, f"q, k and v are projected from different tensors ({names}): cross attention?"
     return sources[0], ""
-
-
-def _sole_consumer(value: ir.Value) -> ir.Node | None:
-    consumers = list(value.consumers())
-    return consumers[0] if len(consumers) == 1 else None
-
-
-def _residual(node: ir.Node) -> tuple[ir.Node | None, ir.Value | None, ir.Value | None, str]:
-    """Walk down: Transpose, Reshape, o_proj, optional bias, residual Add."""
-    value: ir.Value = node.outputs[0]
-    o_proj: ir.Node | None = None
-    for _ in range(12):
-        step = _sole_consumer(value)
-        if step is None:
-            return o_proj, None, None, f"'{value.name}' after attention has {len(list(value.consumers()))} consumers"
-        if is_op(step, "MatMul", "Gemm") and o_proj is None:
-            o_proj = step
-        elif is_op(step, "Add") and o_proj is not None:
-            other = next((v for v in step.inputs if v is not value), None)
-            if other is not None and other.const_value is None:
-                return o_proj, other, step.outputs[0], ""
-        elif not is_op(step, *_ROWWISE, "Mul"):
-            return o_proj, None, None, f"{step.op_type} '{step.name}' between attention and the residual Add"
-        value = step.outputs[0]
-    return o_proj, None, None, "no residual Add within 12 nodes of attention"
 
 
 def _input_ids(graph: ir.Graph) -> ir.Value | None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from trtpass.anchors import find
+from trtpass.anchors import Anchors, find
 from trtpass.canonicalize import canonicalize
+from trtpass.encoders import describe, streams
 from trtpass.errors import TrtpassError
 from trtpass.passes import all_methods
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Anchors of a raised graph. ``methods``: pass name -> "" where it applies, else the reason why it does not."""
+    """Anchors of a raised graph. ``methods``: pass name -> "" where it applies, else the reason why it does not.
+
+    ``encoders``: one for each token stream, in graphs that are no plain decoder.
+    """
 
     nodes: int
     opset: int
@@ -31,6 +35,7 @@ class Inspection:
     token_axes: dict[str, int]
     missing: tuple[str, ...]
     methods: dict[str, str]
+    encoders: tuple[dict[str, Any], ...] = ()
 
 
 def inspect(model: ir.Model) -> Inspection:
@@ -68,8 +73,38 @@ def inspect(model: ir.Model) -> Inspection:
     return Inspection(
         nodes, opset, dict(raised.counts), raised.near_misses, blocks,
         named(anchors.positions), named(anchors.input_ids), named(anchors.logits),
-        anchors.token_axes, anchors.missing, methods,
+        anchors.token_axes, anchors.missing, methods, _encoders(model, anchors),
     )  # fmt: skip
+
+
+def _encoders(model: ir.Model, anchors: Anchors) -> tuple[dict[str, Any], ...]:
+    """What ``trtpass.encoders`` finds, where an input of the graph is not made of integers."""
+    if all(v.dtype is None or not v.dtype.is_floating_point() for v in model.graph.inputs):
+        return ()
+    described = []
+    for stream in streams(anchors) if anchors.blocks else ():
+        found = describe(model, stream)
+        described.append(
+            {
+                "blocks": [stream.blocks[0].layer, stream.blocks[-1].layer],
+                "stream_in": None if found.stream_in is None else str(found.stream_in.name),
+                "stream_out": None if found.stream_out is None else str(found.stream_out.name),
+                "tokens": found.tokens, "cls": found.cls, "grid": found.grid, "why_no_grid": found.why_no_grid,
+                "head": found.head, "why": found.why,
+            }
+        )  # fmt: skip
+    return tuple(described)
+
+
+def _encoder_lines(encoder: dict[str, Any]) -> list[str]:
+    first, last = encoder["blocks"]
+    grid = "x".join(map(str, encoder["grid"])) if encoder["grid"] else f"not known: {encoder['why_no_grid']}"
+    return [
+        f"token stream of blocks {first} to {last}: {encoder['stream_in'] or 'not found'} -> "
+        f"{encoder['stream_out'] or 'not found'}",
+        f"tokens: {encoder['tokens'] or 'known at run time'}, {encoder['cls']} special in front; grid: {grid}",
+        f"head: {encoder['head']}: {encoder['why']}",
+    ]
 
 
 def render(found: Inspection, title: str) -> Group:
@@ -102,6 +137,10 @@ def render(found: Inspection, title: str) -> Group:
         f"token axes: {len(found.token_axes)} tensors carry tokens, for example "
         + ", ".join(f"{k} on axis {v}" for k, v in list(found.token_axes.items())[:3]),
     ]
+    if found.encoders:
+        lines[2 : 2 if found.input_ids else 5] = [
+            line for encoder in found.encoders for line in _encoder_lines(encoder)
+        ]
     lines += [f"not found: {reason}" for reason in found.missing]
     lines += [f"nearly: {reason}" for reason in found.near_misses]
     for name, reason in found.methods.items():

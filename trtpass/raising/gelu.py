@@ -67,7 +67,7 @@ def _cubic(value: ir.Value | None) -> ir.Value | None:
 
 
 def _product(node: ir.Node, x: ir.Value) -> ir.Node | None:
-    """The last Mul of ``x * (1 + f) * 0.5`` in any order, ``f`` being the output of ``node``; None if it is not that."""
+    """The last Mul of ``x * (1 + f) * 0.5`` in any order, ``f`` the output of ``node``; None if it is not that."""
     add = _only(node.outputs[0])
     if not is_op(add, "Add") or not any(const_scalar(v) == 1 for v in add.inputs):
         return None
