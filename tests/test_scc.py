@@ -181,6 +181,14 @@ def test_above_one_every_token_comes_back(dtype: str, groups: int | None, tau: f
     assert made.sizes.tolist() == [1] * 11 and made.label.tolist() == list(range(11))
 
 
+@pytest.mark.filterwarnings("ignore:scc")
+def test_above_one_representatives_are_in_the_order_of_the_groups() -> None:
+    x, groups = tokens_of(0, 6), np.array([5, -1, 5, 3, -1, 3])
+    made = trtpass.scc(x, 1.5, groups=groups)
+    np.testing.assert_array_equal(made.tokens, x[[1, 4, 3, 5, 0, 2]])
+    np.testing.assert_array_equal(made.tokens[made.label], x)
+
+
 @pytest.mark.parametrize("groups", [None, 4])
 def test_below_minus_one_all_are_one(groups: int | None) -> None:
     with pytest.warns(UserWarning, match=r"tau=-1.5 is outside \[-1, 1\]: below -1 all tokens"):
