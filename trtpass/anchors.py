@@ -108,8 +108,10 @@ def find(model: ir.Model) -> Anchors:
             )
         )
     input_ids = _input_ids(graph)
-    decoder = not blocks or any(v.dtype is None or not v.dtype.is_floating_point() for v in graph.inputs)
-    if input_ids is None and decoder:  # a graph with attention and without integer inputs is an encoder
+    # A graph of bidirectional attention whose inputs are all images, sound or features is an encoder.
+    integers = any(v.dtype is None or not v.dtype.is_floating_point() for v in graph.inputs)
+    decoder = not blocks or integers or any(b.causal for b in blocks)
+    if input_ids is None and decoder:
         missing.append(
             "no token input: no int64 [batch, sequence] graph input is looked up in an embedding table by Gather"
         )
