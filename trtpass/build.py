@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,8 @@ class Request:
         kernels: False leaves native kernels out of a CPU engine, for a machine that will not have their library.
         dtype: ``float16`` or ``bfloat16``, of a plan's weights, activations and cache.
         page: slots of a page, where a cache policy makes the cache paged.
+        sizes: of an encoder: numbers for its open sizes. A plan is built for every choice of them.
+        inputs: of an encoder: an ``.npz`` file with an array for each input, to check with.
     """
 
     model: str
@@ -79,74 +81,121 @@ class Request:
     kernels: bool = True
     dtype: str = "float16"
     page: int = PAGE
+    sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    inputs: Path | None = None
 
 
 def build(request: Request, report: Report = silent) -> tuple[Manifest, Path]:
     """Build, prove and write one engine; returns its manifest and folder.
 
-    The folder appears whole or not at all. A failed check is in the manifest, not an exception.
+    The folder appears whole or not at all. A failed check is in the manifest, not an exception. A graph that is no
+    decoder becomes the engine of an encoder (``trtpass.encoder_build``).
 
     Raises:
         InputError: anything about the request, the model or the disk that is wrong.
     """
     from graphs import resolve
+    from trtpass.encoder_build import build_encoder, default_passes, kind_of
 
     started = time.monotonic()
     _check_target(request)
     recipe = resolve(request.model)
-    pipeline = [passes.parse(text) for text in (recipe.default_passes if request.passes is None else request.passes)]
+    pipeline = [passes.parse(text) for text in (default_passes(recipe) if request.passes is None else request.passes)]
     policy = _check_pipeline(pipeline)
     folder = request.out / recipe.name / slug(pipeline, request.target)
     with staged(folder) as work:
         report("loading weights", 0.02)
         loaded = recipe.load()
-        context = loaded.context or DEFAULT_CONTEXT
-        raised = _canonical(recipe, loaded, work, report)
-        dense = io.load(work / DENSE)
-        if policy is not None and context % request.page:
-            raise InputError(
-                f"pages of {request.page} slots for a context of {context} tokens", "a page size that divides it"
-            )
-        report("rewriting", 0.30)
-        dense.metadata_props[RECIPE_KEY] = recipe.name
-        rewritten = dense.clone()
-        results = passes.run(rewritten, pipeline)
-        for thing in policy.files().values() if policy is not None else ():
-            thing.save(work / CARRIED)
-        _write(_with_last_logits(rewritten), work / REWRITTEN)
-        report(f"lowering to {request.target}", 0.35)
-        lowered = _lower(request, dense, rewritten, policy, work, context, report)
-        report("checking", 0.45)
-        probe = probe_for(loaded, dense, pipeline)
-        ladder = Ladder(work, dense, rewritten, pipeline, results, probe, loaded.module, loaded.onnx, page=request.page)
-        checks = check_ladder(ladder, request.target, report, request.kernels, lowered.unbuilt)
-        _save_example(ladder, work)
-        if loaded.tokenizer is not None:
-            loaded.tokenizer.save_pretrained(work)
-        report("hashing", 0.97)
-        manifest = Manifest(
-            model=recipe.name,
-            origin=request.model,
-            passes=_records(pipeline, results, ladder),
-            target=request.target,
+        model, raised = _canonical(recipe, loaded, report)
+        job = Job(request, recipe, loaded, model, raised, pipeline, work, report, started)
+        if kind_of(recipe, model, find(model)) == "encoder":
+            manifest = build_encoder(job)
+        else:
+            manifest = _build_decoder(job, policy)
+        manifest.write(work)
+    return manifest, folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """A build in progress: what was asked for, the raised ``model``, and the folder that is being written."""
+
+    request: Request
+    recipe: Recipe
+    loaded: Loaded
+    model: ir.Model
+    raised: RaiseReport
+    pipeline: Sequence[Pass]
+    work: Path
+    report: Report
+    started: float
+
+    def manifest(self, lowered: Plans, checks: Checks, records: list[PassRecord], **own: Any) -> Manifest:
+        """The manifest of what now lies in the folder; ``own``: the fields that only this kind of engine has."""
+        self.report("hashing", 0.97)
+        return Manifest(
+            model=self.recipe.name,
+            origin=self.request.model,
+            passes=records,
+            target=self.request.target,
             sm=list(lowered.sm),
-            context=context,
-            stop_ids=_stop_ids(loaded),
-            whole_prompt=dict(rewritten.metadata_props).get(WHOLE_PROMPT_KEY),
-            artifacts=[artifact(work, p) for p in sorted(work.iterdir()) if p.is_file() and not p.name.startswith(".")],
+            artifacts=[
+                artifact(self.work, p)
+                for p in sorted(self.work.iterdir())
+                if p.is_file() and not p.name.startswith(".")
+            ],
             checks=checks,
             lowering=lowered.notes,
             unbuilt=lowered.unbuilt,
-            kernels=request.kernels,
-            page=request.page if policy is not None else None,
-            raised=raised.counts,
-            near_misses=list(raised.near_misses),
+            kernels=self.request.kernels,
+            raised=self.raised.counts,
+            near_misses=list(self.raised.near_misses),
             versions=versions(),
-            seconds=round(time.monotonic() - started, 1),
+            seconds=round(time.monotonic() - self.started, 1),
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            **own,
         )
-        manifest.write(work)
-    return manifest, folder
+
+
+def _build_decoder(job: Job, policy: CachePolicy | None) -> Manifest:
+    """Rewrite, cache, lower, prove and write into ``job.work``."""
+    request, recipe, loaded, pipeline = job.request, job.recipe, job.loaded, job.pipeline
+    work, report = job.work, job.report
+    _refuse_sizes(request, recipe)
+    context = loaded.context or DEFAULT_CONTEXT
+    drift = read_drift(recipe)
+    if drift is not None:
+        carry_drift(job.model, drift)
+    report("writing weights", 0.25)
+    io.save(job.model, work / DENSE, weights=WEIGHTS)
+    dense = io.load(work / DENSE)
+    if policy is not None and context % request.page:
+        raise InputError(
+            f"pages of {request.page} slots for a context of {context} tokens", "a page size that divides it"
+        )
+    report("rewriting", 0.30)
+    dense.metadata_props[RECIPE_KEY] = recipe.name
+    rewritten = dense.clone()
+    results = passes.run(rewritten, pipeline)
+    for thing in policy.files().values() if policy is not None else ():
+        thing.save(work / CARRIED)
+    write_graph(_with_last_logits(rewritten), work / REWRITTEN)
+    report(f"lowering to {request.target}", 0.35)
+    lowered = _lower(request, dense, rewritten, policy, work, context, report)
+    report("checking", 0.45)
+    probe = probe_for(loaded, dense, pipeline)
+    ladder = Ladder(work, dense, rewritten, pipeline, results, probe, loaded.module, loaded.onnx, page=request.page)
+    checks = check_ladder(ladder, request.target, report, request.kernels, lowered.unbuilt)
+    _save_example(ladder, work)
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(work)
+    return job.manifest(
+        lowered, checks, _records(pipeline, results, ladder),
+        context=context,
+        stop_ids=_stop_ids(loaded),
+        whole_prompt=dict(rewritten.metadata_props).get(WHOLE_PROMPT_KEY),
+        page=request.page if policy is not None else None,
+    )  # fmt: skip
 
 
 def slug(pipeline: Sequence[Pass], target: str) -> str:
@@ -191,9 +240,9 @@ def _check_target(request: Request) -> None:
         raise InputError(f"dtype {request.dtype} with target '{request.target}'", "no dtype: only plans have one")
 
 
-def _canonical(recipe: Recipe, loaded: Loaded, work: Path, report: Report) -> RaiseReport:
-    """Export (or read) the model, raise it, and write ``dense.onnx`` with ``weights.bin``."""
-    if loaded.module is not None:
+def _canonical(recipe: Recipe, loaded: Loaded, report: Report) -> tuple[ir.Model, RaiseReport]:
+    """The model as ONNX, exported or read, and raised."""
+    if loaded.module is not None and loaded.onnx is None:
         from trtpass.export import export
 
         report("exporting", 0.05)
@@ -204,21 +253,14 @@ def _canonical(recipe: Recipe, loaded: Loaded, work: Path, report: Report) -> Ra
     else:
         raise InputError(f"the recipe '{recipe.name}' has neither a torch module nor an ONNX file")
     report("raising", 0.20)
-    raised = canonicalize(model)
-    anchors = find(model)
-    reasons = [*anchors.missing, *raised.near_misses]
-    if not anchors.blocks or anchors.input_ids is None or anchors.logits is None:
+    return model, canonicalize(model)
+
+
+def _refuse_sizes(request: Request, recipe: Recipe) -> None:
+    if request.sizes or request.inputs is not None:
         raise InputError(
-            f"'{recipe.name}' is not a decoder that is understood: {'; '.join(reasons[:4])}",
-            "a graph input_ids [batch, sequence] -> logits with attention that raises",
-            "run `trtpass inspect` on the file",
+            f"--size or --inputs for '{recipe.name}', a decoder", "neither: a decoder has a context and its own probe"
         )
-    drift = read_drift(recipe)
-    if drift is not None:
-        carry_drift(model, drift)
-    report("writing weights", 0.25)
-    io.save(model, work / DENSE, weights=WEIGHTS)
-    return raised
 
 
 def _with_last_logits(model: ir.Model) -> ir.Model:
@@ -227,7 +269,7 @@ def _with_last_logits(model: ir.Model) -> ir.Model:
     return copy
 
 
-def _write(model: ir.Model, path: Path) -> None:
+def write_graph(model: ir.Model, path: Path) -> None:
     """Write a graph whose large weights already lie in the folder; nothing of them is copied."""
     onnx.save_model(ir.to_proto(model), str(path))
 
@@ -248,7 +290,7 @@ def _lower(
     decisions = []
     for phase, graph in graphs.phases().items():
         lowered = lower(graph, request.target, request.kernels)
-        _write(lowered.model, work / f"{phase}.onnx")
+        write_graph(lowered.model, work / f"{phase}.onnx")
         decisions += [(phase, decision) for decision in lowered.decisions]
     return Plans(counted(decisions), ())
 
@@ -314,20 +356,25 @@ def _in_half(ladder: Ladder) -> str:
 
 
 def _save_example(ladder: Ladder, work: Path) -> None:
-    """Inputs and torch outputs in Polygraphy's own form, for ``polygraphy run --load-inputs --load-outputs``."""
-    from polygraphy.comparator import RunResults
-    from polygraphy.json import save_json
-    from polygraphy.logger import G_LOGGER
-
+    """Inputs, and the outputs of torch where there is a torch model."""
     model = io.load(work / REWRITTEN)
     feed: dict[str, Any] = ladder.probe.feed(model)
     output = str(find(ladder.dense).logits.name)  # type: ignore[union-attr]
     logits = ladder.saved.logits if ladder.saved is not None else run_onnx(model, work, feed)[output]
+    save_example(work, feed, {output: logits}, "torch" if ladder.saved is not None else "onnxruntime")
+
+
+def save_example(folder: Path, feed: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray], runner: str) -> None:
+    """Both in Polygraphy's own form, for ``polygraphy run model.onnx --load-inputs --load-outputs``."""
+    from polygraphy.comparator import RunResults
+    from polygraphy.json import save_json
+    from polygraphy.logger import G_LOGGER
+
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        save_json([feed], str(work / "inputs.json"), description="inputs")
+        save_json([dict(feed)], str(folder / "inputs.json"), description="inputs")
         results = RunResults()
-        results.add([{output: logits}], runner_name="torch" if ladder.saved is not None else "onnxruntime")
-        results.save(str(work / "outputs.json"))
+        results.add([dict(outputs)], runner_name=runner)
+        results.save(str(folder / "outputs.json"))
 
 
 def _stop_ids(loaded: Loaded) -> list[int]:

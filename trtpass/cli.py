@@ -70,6 +70,13 @@ def build_command(
     ] = True,
     dtype: Annotated[str, typer.Option(help="Type of a plan's weights and cache: float16 or bfloat16.")] = "float16",
     page: Annotated[int, typer.Option(help="Slots of a page of the KV cache, with a cache policy.")] = 64,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=N[+N...] for an open size of an encoder; a plan is built for each choice. Repeatable."),
+    ] = None,
+    inputs: Annotated[
+        Path | None, typer.Option(help="Arrays to check an encoder with, an .npz file; default: the model's, or noise.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Build an engine and prove it. Without MODEL: list what is known."""
@@ -88,7 +95,8 @@ def build_command(
         raise InputError(f"--logits {logits}", "last or all")
     chosen: list[str] | None = [] if dense or passes == ["none"] else passes
     wanted = tuple(s.strip() for s in sm.split(",") if s.strip())
-    request = Request(model, chosen, target, wanted, out, logits, kernels, dtype, page)
+    sizes = _sizes(size or [])
+    request = Request(model, chosen, target, wanted, out, logits, kernels, dtype, page, sizes, inputs)
     with bar(f"building {model if model in known() else Path(model).name}") as report:
         manifest, folder = build(request, report)
     _print(manifest.model_dump(mode="json") if json else manifest, json, lambda m: render(m, folder))
@@ -102,6 +110,18 @@ def build_command(
             f"a machine with TensorRT and the GPU; the graphs that it reads are in {folder}, checked",
             INSTEAD,
         )
+
+
+def _sizes(given: list[str]) -> dict[str, tuple[int, ...]]:
+    """``["batch=1+8"]`` to ``{"batch": (1, 8)}``."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    for text in given:
+        name, _, numbers = text.partition("=")
+        parts = numbers.split("+")
+        if not name or name in sizes or not all(part.isdecimal() for part in parts):
+            raise InputError(f"--size {text}", "NAME=N or NAME=N+N, each name once, such as batch=1+8")
+        sizes[name] = tuple(map(int, parts))
+    return sizes
 
 
 @app.command("models")

@@ -49,6 +49,12 @@ def generate(
         InputError: no engine there, a target that does not run here, an empty prompt, or what ``Engine`` refuses.
     """
     manifest = Manifest.read(folder)
+    if manifest.kind == "encoder":
+        raise InputError(
+            f"'{manifest.model}' is an encoder: it generates no text",
+            "the engine of a decoder",
+            "run it with trtpass.runtime.Engine.open(folder).run({input: array})",
+        )
     if manifest.target not in RUNNABLE:
         raise InputError(
             f"this engine's target is '{manifest.target}', whose plans run on a GPU in TensorRT",

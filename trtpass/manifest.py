@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 NAME = "manifest.json"
 Status = Literal["passed", "failed", "not_run"]
+Kind = Literal["decoder", "encoder"]
 
 
 class _Strict(BaseModel):
@@ -25,7 +26,11 @@ class _Strict(BaseModel):
 
 
 class PassRecord(_Strict):
-    """A pass that was applied. ``pruned``: mean share of tokens dropped in its layers, as measured by the check."""
+    """A pass that was applied. ``pruned``: mean share of tokens dropped in its layers, as measured by the check.
+
+    Where it makes a stream shorter, ``tokens``: of the stream before the first and after each of its sites; ``kept``:
+    their mean over all blocks of the model, as a share.
+    """
 
     name: str
     options: dict[str, Any]
@@ -34,6 +39,8 @@ class PassRecord(_Strict):
     near_misses: list[str] = []
     warnings: list[str] = []
     pruned: float | None = None
+    kept: float | None = None
+    tokens: list[int] = []
 
 
 class Artifact(_Strict):
@@ -81,8 +88,12 @@ class Quality(_Strict):
 
 
 class Manifest(_Strict):
-    """See docs/design.md; paths are relative to the engine's folder."""
+    """See docs/design.md; paths are relative to the engine's folder.
 
+    The engine of an encoder is one graph with the inputs that its model has: no tokens in, no cache, context 0.
+    """
+
+    kind: Kind = "decoder"
     model: str
     origin: str  # what `trtpass build` was given: a known name, or a path
     passes: list[PassRecord]
@@ -95,6 +106,9 @@ class Manifest(_Strict):
     checks: Checks
     quality: Quality | None = None
     lowering: list[str] = []
+    inputs: dict[str, str] = {}  # of an encoder: dtype and shape, as the graph has them
+    outputs: dict[str, str] = {}
+    variants: list[dict[str, int]] = []  # of an encoder's plans: what the symbolic sizes are in each
     unbuilt: str = ""  # why there is no plan beside the graphs of a target that has plans
     page: int | None = None  # slots of a page, where the cache is paged
     kernels: bool = True  # whether native kernels may be used, where they fit
@@ -181,12 +195,19 @@ def render(manifest: Manifest, folder: Path) -> Table:
         if record.pruned is not None:
             what = "keys evicted from the cache" if manifest.page else "tokens dropped in those layers"
             table.add_row("", f"{record.pruned:.1%} of the {what}, in the check below")
+        if record.tokens:
+            path = " -> ".join(map(str, record.tokens))
+            table.add_row("", f"tokens {path}; kept {record.kept or 0:.1%}, mean over all blocks")
         for warning in record.warnings:
             table.add_row("warning", f"[yellow]{escape(warning)}[/]")
     if manifest.page:
         table.add_row("cache", f"paged per layer, row and KV head, pages of {manifest.page} slots")
     if not manifest.passes:
         table.add_row("pass", "none (dense)")
+    if manifest.kind == "encoder":
+        table.add_row("kind", "encoder: one graph, without text or cache")
+        for label, ports in (("in", manifest.inputs), ("out", manifest.outputs)):
+            table.add_row(label, escape(", ".join(f"{name} {port}" for name, port in ports.items())))
     table.add_row("target", manifest.target + (f" ({', '.join(manifest.sm)})" if manifest.sm else ""))
     for number, line in enumerate(manifest.lowering[:LINES]):
         table.add_row("" if number else "lowered", escape(line))

@@ -1,10 +1,11 @@
-"""Plans of an engine: the prefill and decode graphs lowered for TensorRT or TensorRT-RTX, checked, and built."""
+"""Plans of an engine: its graphs, lowered for TensorRT or TensorRT-RTX, checked, and built."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import onnx_ir as ir
 
@@ -37,9 +38,30 @@ class Plans:
     unbuilt: str = ""
 
 
+Lower = Callable[[ir.Model], ir.Model]
+
+
+class Graphs(Protocol):
+    """What plans are made from. A graph says in its property ``trtpass.phase`` how it is called."""
+
+    @property
+    def rewritten(self) -> ir.Model:
+        """The graph with the operators of the passes."""
+
+    @property
+    def dtype(self) -> str:
+        """``float16`` or ``bfloat16``."""
+
+    def graphs(self, lower: Lower) -> dict[str, ir.Model]:
+        """The engine's graphs, lowered, by the stem of their files."""
+
+    def profiles(self, phase: str, graph: ir.Model) -> list[Profile]:
+        """Shapes that a graph's plan is built for, the widest last."""
+
+
 @dataclass(frozen=True)
 class Source:
-    """What plans are made from: the dense and the rewritten graph, the cache's slots, what kind of logits."""
+    """The two phases of a decoder, from the dense and the rewritten graph: the cache's slots, what kind of logits."""
 
     dense: ir.Model
     rewritten: ir.Model
@@ -49,7 +71,11 @@ class Source:
     policy: CachePolicy | None = None
     page: int = PAGE
 
-    def graphs(self, lower: Callable[[ir.Model], ir.Model]) -> dict[str, ir.Model]:
+    def profiles(self, phase: str, graph: ir.Model) -> list[Profile]:
+        """Whole prompts; or single tokens, and chunks of a long prompt."""
+        return [_profile(graph, tokens, self.context) for tokens in _tokens(phase, self.context)]
+
+    def graphs(self, lower: Lower) -> dict[str, ir.Model]:
         """Both phases, lowered. The cache has a fixed capacity, as TensorRT needs it."""
         return {phase: lower(graph) for phase, graph in self.phases(self.context).items()}
 
@@ -63,8 +89,8 @@ class Source:
         return paged_graphs(self.rewritten, self.dense, self.policy, self.page, self.logits, self.context)
 
 
-def write_plans(target: str, asked: Sequence[str], source: Source, work: Path, out: Path, report: Report) -> Plans:
-    """Write ``prefill.plan`` and ``decode.plan`` beside the graphs that they were built from.
+def write_plans(target: str, asked: Sequence[str], source: Graphs, work: Path, out: Path, report: Report) -> Plans:
+    """Write a plan beside each graph: ``prefill.plan`` and ``decode.plan`` of a decoder.
 
     On a machine that cannot build for ``tensorrt`` the graphs are written and checked, and the result says what lacks.
 
@@ -94,7 +120,7 @@ def write_plans(target: str, asked: Sequence[str], source: Source, work: Path, o
     return plans
 
 
-def _rtx(sm: tuple[str, ...], source: Source, work: Path, out: Path, report: Report) -> Plans:
+def _rtx(sm: tuple[str, ...], source: Graphs, work: Path, out: Path, report: Report) -> Plans:
     sm = sm or (rtx.SMS if source.dtype == "float16" else tuple(name for name in rtx.SMS if name != "SM75"))
     unknown = [name for name in sm if name not in rtx.OFFERED]
     if unknown:
@@ -111,14 +137,14 @@ def _rtx(sm: tuple[str, ...], source: Source, work: Path, out: Path, report: Rep
             work / f"{phase}.onnx",
             work / f"{phase}.plan",
             compute_capabilities=sm,
-            profile=_profile(graphs[phase], _tokens(phase, source.context)[-1], source.context),
-            progress=_progress(report, phase, step),
+            profile=source.profiles(phase, graphs[phase])[-1],
+            progress=_progress(report, phase, step, len(graphs)),
         )
         notes.append(_built(phase, built))
     return Plans(notes, sm)
 
 
-def _tensorrt(sm: tuple[str, ...], source: Source, work: Path, out: Path, report: Report) -> Plans:
+def _tensorrt(sm: tuple[str, ...], source: Graphs, work: Path, out: Path, report: Report) -> Plans:
     from trtpass.trt import builder
     from trtpass.trt import lower as trt
 
@@ -139,7 +165,7 @@ def _tensorrt(sm: tuple[str, ...], source: Source, work: Path, out: Path, report
     _save(graphs, source, work)
     notes = counted(decisions)
     for step, (phase, graph) in enumerate(graphs.items()):
-        report(f"{phase}: compiling kernels", 0.36 + 0.045 * step)
+        report(f"{phase}: compiling kernels", 0.36 + 0.09 * step / len(graphs))
         rtx.precheck(work / f"{phase}.onnx", frozenset((n.domain, n.op_type) for n in trt.plugin_nodes(graph)))
         if kernels := builder.kernels_of(graph):
             names = ", ".join(sorted({kernel.name for kernel in kernels}))
@@ -150,20 +176,20 @@ def _tensorrt(sm: tuple[str, ...], source: Source, work: Path, out: Path, report
         built = builder.build_plan(
             work / f"{phase}.onnx",
             work / f"{phase}.plan",
-            profiles=[_profile(graph, tokens, source.context) for tokens in _tokens(phase, source.context)],
+            profiles=source.profiles(phase, graph),
             cache=out / TIMINGS,
-            progress=_progress(report, phase, step),
+            progress=_progress(report, phase, step, len(graphs)),
         )
         notes.append(_built(phase, built))
     return Plans(notes, sm)
 
 
-def _save(graphs: Mapping[str, ir.Model], source: Source, work: Path) -> None:
+def _save(graphs: Mapping[str, ir.Model], source: Graphs, work: Path) -> None:
     io.save_shared({f"{phase}.onnx": graph for phase, graph in graphs.items()}, work, weights=WEIGHTS[source.dtype])
 
 
-def _progress(report: Report, phase: str, step: int) -> Callable[[str, float], None]:
-    return lambda what, fraction: report(f"{phase} plan: {what}", 0.36 + 0.045 * (step + fraction))
+def _progress(report: Report, phase: str, step: int, steps: int) -> Callable[[str, float], None]:
+    return lambda what, fraction: report(f"{phase} plan: {what}", 0.36 + 0.09 * (step + fraction) / steps)
 
 
 def _built(phase: str, plan: PlanReport) -> str:

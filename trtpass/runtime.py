@@ -18,6 +18,7 @@ from trtpass.sampling import Sampler, Step
 from trtpass.sessions import Source, dtype_of, give_back, open_session, properties, provider_name
 
 PREFILL, DECODE = "prefill", "decode"
+ENGINE = "engine"  # the one graph of an encoder
 DEFAULT_HEADROOM = 256  # tokens after the prompt, where neither the graph nor the model states a limit
 
 
@@ -85,6 +86,8 @@ class Engine:
     ) -> Engine:
         """Open an engine folder (``prefill.onnx``, ``decode.onnx``), or these graphs as onnx-ir models or paths.
 
+        The folder of an encoder (``engine.onnx``) gives a ``trtpass.encoder_engine.EncoderEngine``.
+
         Args:
             source: a folder, or ``{"prefill": ..., "decode": ...}``.
             provider: ``cpu``, ``cuda``, ...; it is an error if ONNX Runtime falls back to another.
@@ -97,6 +100,12 @@ class Engine:
         if not isinstance(source, Mapping):
             folder = Path(source)
             source = {phase: folder / f"{phase}.onnx" for phase in (PREFILL, DECODE)}
+            if (encoder := folder / f"{ENGINE}.onnx").is_file():
+                source = {ENGINE: encoder}
+        if ENGINE in source:
+            from trtpass.encoder_engine import EncoderEngine
+
+            return EncoderEngine.open(source, provider, threads)
         missing = [phase for phase in (PREFILL, DECODE) if phase not in source]
         if missing:
             raise InputError(f"an engine without {' and '.join(missing)}", "a prefill and a decode graph")

@@ -69,13 +69,22 @@ def validate(folder: Path, model: str | None = None, report: Report = silent) ->
         InputError: not an engine folder, or its model is not known any more.
         CheckFailed: a file has changed.
     """
-    from graphs import resolve
-
     manifest = Manifest.read(folder)
     report("hashing", 0.05)
     verify_files(folder, manifest)
     steps = pipeline_of(manifest, folder)
-    loaded = resolve(model or manifest.origin).load()
+    prove = _prove_encoder if manifest.kind == "encoder" else _prove_decoder
+    manifest.checks = prove(folder, manifest, steps, model or manifest.origin, report)
+    temporary = folder / ".manifest.json"
+    temporary.write_text(manifest.model_dump_json(indent=2) + "\n")
+    temporary.replace(folder / "manifest.json")
+    return manifest.checks
+
+
+def _prove_decoder(folder: Path, manifest: Manifest, steps: list[Pass], origin: str, report: Report) -> Checks:
+    from graphs import resolve
+
+    loaded = resolve(origin).load()
     dense = io.load(folder / DENSE)
     dense.metadata_props[RECIPE_KEY] = manifest.model
     rewritten = dense.clone()
@@ -83,8 +92,19 @@ def validate(folder: Path, model: str | None = None, report: Report = silent) ->
     probe = probe_for(loaded, dense, steps)
     page = manifest.page or PAGE
     ladder = Ladder(folder, dense, rewritten, steps, results, probe, loaded.module, loaded.onnx, page=page)
-    manifest.checks = check_ladder(ladder, manifest.target, report, manifest.kernels, manifest.unbuilt)
-    temporary = folder / ".manifest.json"
-    temporary.write_text(manifest.model_dump_json(indent=2) + "\n")
-    temporary.replace(folder / "manifest.json")
-    return manifest.checks
+    return check_ladder(ladder, manifest.target, report, manifest.kernels, manifest.unbuilt)
+
+
+def _prove_encoder(folder: Path, manifest: Manifest, steps: list[Pass], origin: str, report: Report) -> Checks:
+    """With the inputs of the build, which are one of its artifacts."""
+    from graphs import resolve
+    from trtpass.encoder_checks import EncoderLadder
+    from trtpass.encoder_inputs import stored_probe
+
+    loaded = resolve(origin).load()
+    dense = io.load(folder / DENSE)
+    rewritten = dense.clone()
+    results = passes.run(rewritten, steps)
+    probe = stored_probe(folder / "inputs.json", dense)
+    ladder = EncoderLadder(folder, dense, rewritten, steps, results, probe, loaded.module, loaded.onnx)
+    return ladder.checks(manifest.target, report, manifest.kernels, manifest.unbuilt)

@@ -1,0 +1,302 @@
+"""The validation ladder of an encoder: torch or the given file = raised, twin = rewritten, rewritten = engine.
+
+As for decoders (``trtpass.compare``), choices are compared twice: forced, where the numbers must agree, and freely,
+where every token on which two sides disagree must lie within ``MARGIN`` of the cut.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from trtpass.compare import Difference, difference, run_onnx, session
+from trtpass.encoder_inputs import Probe
+from trtpass.errors import InputError
+from trtpass.manifest import Check, Checks
+from trtpass.passes import Pass, PassResult, Site
+from trtpass.passes.lower import inline_bodies, lower
+from trtpass.plans import TARGETS as PLANS
+from trtpass.progress import Report, silent
+from trtpass.variants import expose
+
+RAISED = 1e-4  # absolute and relative: the same operators in another spelling
+ATOL, RTOL = 1e-3, 1e-3  # float32, other kernels and orders of summing, through all blocks
+# A score is a cosine or a mean of probabilities. Inputs that differ by 1e-5 move it by about that share of the range
+# that the scores of a row have: far less than this.
+MARGIN = 1e-3
+FORCED = ("keep", "target")  # roles that are fed instead of computed
+SEEN = ("score", *FORCED)  # roles that a comparison looks at
+
+Selections = Mapping[int, Mapping[str, np.ndarray]]
+
+
+def reducing(results: Sequence[PassResult]) -> tuple[Site, ...]:
+    """The sites at which a stream becomes shorter, in order."""
+    sites = [site for result in results for site in result.sites if "tokens" in site.values]
+    return tuple(sorted(sites, key=lambda site: site.layer))
+
+
+@dataclass
+class Flips:
+    """Free choices of two sides over all rows and sites."""
+
+    decisions: int = 0
+    flipped: int = 0
+    worst: float = 0.0  # distance from the cut of the worst flipped token, as a share of the row's range of scores
+
+    @property
+    def share(self) -> float:
+        return self.flipped / self.decisions if self.decisions else 0.0
+
+
+def flips(left: Selections, right: Selections) -> Flips:
+    """Compare choices by layer: ``keep [B, S]`` by the right side's ``score [B, S]`` (highest kept), and ``target``.
+
+    A target has no cut of its own: it is counted alone, and the numbers of the forced run are what bounds it.
+    """
+    found = Flips()
+    for layer, mine in right.items():
+        other = left[layer]
+        if "keep" in mine and "keep" in other:
+            for keep, seen, score in zip(mine["keep"] != 0, other["keep"] != 0, mine["score"], strict=True):
+                found.decisions += keep.size
+                found.flipped += int((keep != seen).sum())
+                found.worst = max(found.worst, _distance(keep, keep != seen, score))
+        if "target" in mine and "target" in other:
+            found.decisions += mine["target"].size
+            found.flipped += int((mine["target"] != other["target"]).sum())
+    return found
+
+
+def _distance(keep: np.ndarray, differs: np.ndarray, score: np.ndarray) -> float:
+    """How far from the cut the worst differing token of a row lies, all ``[S]``; infinite without a finite score."""
+    finite = np.isfinite(score)
+    if not differs.any():
+        return 0.0
+    if not finite[differs].all() or not (finite & keep).any():
+        return float("inf")
+    cut = float(score[finite & keep].min())
+    reach = max(float(np.ptp(score[finite])), 1e-6 * float(np.abs(score[finite]).max()), 1e-30)
+    return float(np.abs(score[differs] - cut).max()) / reach
+
+
+def force(model: ir.Model, sites: Sequence[Site]) -> dict[str, tuple[int, str]]:
+    """Feed the choices of every site from new graph inputs, in place; the graph still makes its own, to be compared.
+
+    Returns:
+        Input name -> (layer, role).
+    """
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    given: dict[str, tuple[int, str]] = {}
+    for site in sites:
+        for role in FORCED:
+            if role not in site.values:
+                continue
+            own = values[site.values[role]]
+            value = ir.Value(name=f"forced.{own.name}", type=own.type, shape=own.shape)
+            model.graph.inputs.append(value)
+            for node, index in list(own.uses()):
+                node.replace_input_with(index, value)
+            given[str(value.name)] = (site.layer, role)
+    return given
+
+
+@dataclass
+class EncoderLadder:
+    """The three checks of an encoder's engine folder, and what they need: ``dense`` and ``rewritten`` graphs (weights
+    external, in ``folder``), the passes between them, the probe, the torch model and the ONNX file, where there are.
+    """
+
+    folder: Path
+    dense: ir.Model
+    rewritten: ir.Model
+    passes: Sequence[Pass]
+    results: Sequence[PassResult]
+    probe: Probe
+    module: Any | None
+    original: Path | None
+    saved: tuple[str, dict[str, np.ndarray]] | None = None  # who made the outputs that are kept beside the engine
+    tokens: dict[int, int] = field(default_factory=dict)  # by layer: tokens of the stream after its site
+    kept: dict[int, float] = field(default_factory=dict)  # by layer: share of what came in that went on, all rows
+    width: int = 0  # tokens of the stream before the first site
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return reducing(self.results)
+
+    @property
+    def outputs(self) -> list[str]:
+        return [str(value.name) for value in self.dense.graph.outputs]
+
+    def checks(self, target: str, report: Report = silent, kernels: bool = True, unbuilt: str = "") -> Checks:
+        """All three; a plan that cannot run here, or could not be built (``unbuilt``), says so."""
+        report("checking the model = raised ONNX", 0.50)
+        export = self.export()
+        report("checking twin = rewritten ONNX", 0.65)
+        rewrite = self.rewrite()
+        report("checking rewritten ONNX = engine", 0.80)
+        return Checks(export=export, rewrite=rewrite, engine=self.engine(target, kernels, unbuilt))
+
+    def export(self) -> Check:
+        """A = B: the torch model, the given file, or both, and the raised graph: all outputs."""
+        raised = run_onnx(self.dense, self.folder, self.probe.feed)
+        sides: list[tuple[str, dict[str, np.ndarray]]] = []
+        if self.original is not None:
+            sides.append(("the given ONNX file", self._given(self.original)))
+        if self.module is not None:
+            sides.append(("torch", self._torch()))
+        if not sides:
+            return Check.not_run("there is neither a torch model nor an ONNX file")
+        if not self.sites:
+            self.saved = sides[-1]
+        check: Check | None = None
+        for name, outputs in sides:
+            this = self._judge(raised, outputs, RAISED, RAISED, note=f"{name} = raised ONNX")
+            if check is None or this.status == "failed":
+                check = this
+            elif check.status == "passed":
+                check.reason = f"{check.reason}; {this.reason}"
+                check.max_abs = max(check.max_abs or 0.0, this.max_abs or 0.0)
+                check.max_rel = max(check.max_rel or 0.0, this.max_rel or 0.0)
+        return check  # type: ignore[return-value]
+
+    def _given(self, path: Path) -> dict[str, np.ndarray]:
+        runner = session(path)
+        names = [item.name for item in runner.get_outputs()]
+        return dict(zip(names, runner.run(None, self.probe.feed), strict=True))
+
+    def _torch(self) -> dict[str, np.ndarray]:
+        """The torch model's outputs, in the order of the graph's."""
+        import torch
+
+        with torch.inference_mode():
+            made = self.module(**{name: torch.from_numpy(array) for name, array in self.probe.feed.items()})  # type: ignore[misc]
+        if isinstance(made, torch.Tensor):
+            made = (made,)
+        values = [value for value in (made.values() if hasattr(made, "values") else made) if value is not None]
+        return {name: value.numpy() for name, value in zip(self.outputs, values, strict=False)}
+
+    def rewrite(self) -> Check:
+        """D = C: the twin with the graph's choices forced, tight; its own choices, within the margin of the cut."""
+        if not self.sites:
+            return Check.not_run("no pass makes a stream shorter")
+        graph = self.rewritten.clone()
+        self._expose(graph)
+        outputs = run_onnx(graph, self.folder, self.probe.feed)
+        chosen = self._choices(outputs)
+        self._count(outputs)
+        steps = [(p, r) for p, r in zip(self.passes, self.results, strict=True) if reducing([r])]
+        if importlib.util.find_spec("torch") is None:
+            return Check.not_run("torch, in which the references are written, is not installed")
+        if len(steps) > 1:
+            return Check.not_run("several passes make the stream shorter: a twin follows one")
+        ((step, result),) = steps
+        try:
+            twin = step.twin(self.module, result)
+        except InputError as error:
+            return Check.not_run(error.found)
+        forced = {layer: {role: c[role] for role in FORCED if role in c} for layer, c in chosen.items()}
+        run = twin.run(self.probe.feed, forced)
+        self.saved = ("torch", dict(run.outputs))
+        return self._judge(
+            self._main(outputs), run.outputs, ATOL, RTOL, free=flips(run.selections, chosen), reduced=True
+        )
+
+    def engine(self, target: str, kernels: bool = True, unbuilt: str = "") -> Check:
+        """C = E: the rewritten and the lowered graph, with C's choices forced; its free choices."""
+        if target in PLANS:
+            why = (
+                f"there is no plan, only the graphs that TensorRT would read: {unbuilt}"
+                if unbuilt
+                else "a plan executes on a GPU only, and none is executed while it is built"
+            )
+            return Check.not_run(f"{why}. {self._static()}")
+        reference = self.rewritten.clone()
+        self._expose(reference)
+        expected = run_onnx(reference, self.folder, self.probe.feed)
+        chosen = self._choices(expected)
+        graph = self.rewritten.clone()
+        given = force(graph, self.sites)
+        self._expose(graph)
+        feed = {**self.probe.feed, **{name: chosen[layer][role] for name, (layer, role) in given.items()}}
+        got = run_onnx(lower(graph, target, kernels).model, self.folder, feed)
+        return self._judge(
+            self._main(got), self._main(expected), ATOL, RTOL,
+            free=flips(self._choices(got), chosen) if self.sites else None, reduced=bool(self.sites),
+        )  # fmt: skip
+
+    def _static(self) -> str:
+        """What a CPU can say of a plan's graph: its static bodies in float32 against the rewritten graph."""
+        graph = self.rewritten.clone()
+        for identifier in [i for i in graph.functions if i[0] == "trtpass"]:
+            del graph.functions[identifier]
+        given = force(graph, self.sites)
+        inline_bodies(graph, "static")
+        reference = self.rewritten.clone()
+        self._expose(reference)
+        expected = run_onnx(reference, self.folder, self.probe.feed)
+        chosen = self._choices(expected)
+        feed = {**self.probe.feed, **{name: chosen[layer][role] for name, (layer, role) in given.items()}}
+        gap = difference(run_onnx(graph, self.folder, feed), self._main(expected), ATOL, RTOL)
+        said = f"equal within {gap.max_abs:.1e}" if gap.ok else gap.words
+        return f"On a CPU, in float32, its graph and the rewritten one: {said}"
+
+    def _expose(self, graph: ir.Model) -> None:
+        roles = (*SEEN, "tokens", "count")
+        expose(graph, [site.values[role] for site in self.sites for role in roles if role in site.values])
+
+    def _choices(self, outputs: Mapping[str, np.ndarray]) -> dict[int, dict[str, np.ndarray]]:
+        """By layer and role, from the outputs of an exposed graph."""
+        return {
+            site.layer: {role: outputs[site.values[role]] for role in SEEN if role in site.values}
+            for site in self.sites
+        }
+
+    def _count(self, outputs: Mapping[str, np.ndarray]) -> None:
+        """Tokens after each site, and what share of its own they are."""
+        for site in self.sites:
+            after = outputs[site.values["tokens"]].shape[1]
+            before = outputs[site.values["score"]].shape[1] if "score" in site.values else None
+            self.tokens[site.layer] = after
+            if before is not None:
+                self.width = self.width or before
+                held = np.minimum(outputs[site.values["count"]], after).mean() if "count" in site.values else after
+                self.kept[site.layer] = float(held) / before
+
+    def _main(self, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: outputs[name] for name in self.outputs}
+
+    def _judge(
+        self,
+        left: Mapping[str, np.ndarray],
+        right: Mapping[str, np.ndarray],
+        atol: float,
+        rtol: float,
+        note: str = "",
+        free: Flips | None = None,
+        reduced: bool = False,
+    ) -> Check:
+        """The verdict on the numbers of two sides and their free choices; a stream as long as before proves nothing."""
+        gap: Difference = difference(left, right, atol, rtol)
+        check = Check(
+            status="passed" if gap.ok else "failed",
+            max_abs=gap.max_abs,
+            max_rel=gap.max_rel,
+            tolerance=f"atol {atol:g}, rtol {rtol:g}, {self.probe.words()}",
+            reason=note if gap.ok else f"{note}: {gap.words}" if note else gap.words,
+        )
+        if free is not None:
+            check.flipped = free.share
+            check.tolerance += f", free choices within {MARGIN:g} of the cut"
+            if free.worst > MARGIN:
+                flip = f"a flipped token lies {free.worst:.2e} of the scores' range from the cut"
+                check.status, check.reason = "failed", f"{check.reason}; {flip}" if check.reason else flip
+        if reduced and check.status == "passed" and all(share >= 1 for share in self.kept.values()):
+            check.status, check.reason = "not_run", "equal, but no token was removed: a proof needs fewer tokens"
+        return check
