@@ -29,7 +29,7 @@ NAMES = {
     "kvzap.decode": "whole-model decode over what a policy keeps, against the dense engine, and against kvpress",
     "kvzap.attention": "attention alone of such a step, by kernel and by body, against the fastest dense one",
     "kvzap.scorer": "scoring as a share of the products with weights",
-    "scc.components": "merging by connected components, whole, against NumPy and scipy, and its products alone",
+    "scc.components": "merging by connected components, whole, against PyTorch or NumPy, and its products alone",
     "gpu.attention": "one layer in a TensorRT plan on a GPU, ours against TensorRT's own dense attention, 4K to 128K",
     "compile.passes": "time and memory of all passes on a 36-layer, 8B-shaped graph",
 }

@@ -1,4 +1,7 @@
-"""``scc.components``: merging tokens by semantic connected components, whole, against NumPy and scipy and a floor.
+"""``scc.components``: merging tokens by semantic connected components, whole, against others and a floor.
+
+The baseline is the faster of two, both vectorised, with scipy for the components: PyTorch (where it is installed) and
+NumPy. Times of both are in the records.
 
 Two shapes: the two steps of LLaVA-Scissor (arXiv 2506.21862, section 3) on 32 frames of 14 x 14 tokens, and one step on
 a stream of 2048. The floor is the time that the products of the similarities alone take at the machine's matmul rate:
@@ -11,7 +14,8 @@ NumPy runs on the threads that its BLAS takes. Environment variables OPENBLAS_* 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +25,12 @@ import onnx_ir as ir
 from trtpass import native
 from trtpass.bench.layer import parse
 from trtpass.bench.measure import Array, Call, Graph, Machine, interleave, poisoned, require_close, sets_for
+from trtpass.bench.merging_baselines import ATOL, BASELINES, RTOL, TAU, Merged, in_numpy, in_torch, require_same
 from trtpass.bench.record import Record, timed
 from trtpass.errors import CheckFailed, InputError
 from trtpass.passes.lower import lower
 
 SETTLE = 0.1  # seconds between calls, while the threads of NumPy's products still spin
-BASELINE = "NumPy (batched products, segment sums as sparse products) and scipy.sparse.csgraph.connected_components"
-TAU = 0.9
-ATOL, RTOL = 1e-4, 1e-4  # means of float32 values of size 1 to 10
 ROOM = 1.25  # slots for representatives over the most that any set of tokens needs
 
 
@@ -58,40 +60,38 @@ class Shape:
 SHAPES = (Shape(32, 196, 896, 2, 24), Shape(1, 2048, 384, 1, 150))
 
 
-@dataclass
-class Merged:
-    """What both sides make.
-
-    Attributes:
-        label: of each token, over all frames, ``[F n]``.
-        counts: components after each step.
-        match: with two steps, the final row that each token joins ``[F n]``.
-        merged: means of the first step `[K, E]`, or the rows after the join.
-        size: tokens in each, float.
-    """
-
-    label: Array
-    counts: list[int]
-    match: Array | None
-    merged: Array
-    size: Array
-
-
 def run(machine: Machine, repeats: int, shapes: Sequence[Shape] = SHAPES) -> list[Record]:
-    """A record a shape: time of our graph against NumPy's, the best ratio from the floor.
+    """A record a shape: time of our graph against the faster baseline's, the best ratio from the floor.
 
     Raises:
         NotHere: scipy is not installed.
-        CheckFailed: labels, matches or rows differ from NumPy's.
+        CheckFailed: our labels, matches or rows, or PyTorch's, differ from NumPy's.
     """
     try:
         import scipy  # noqa: F401
     except ImportError as error:
         raise NotHere("scipy is not installed", "scipy, for the baseline", "pip install scipy") from error
-    return [_one_shape(machine, repeats, shape) for shape in shapes]
+    with torch_threads(machine.threads) as has_torch:
+        return [_one_shape(machine, repeats, shape, has_torch) for shape in shapes]
 
 
-def _one_shape(machine: Machine, repeats: int, shape: Shape) -> Record:
+@contextmanager
+def torch_threads(threads: int) -> Iterator[bool]:
+    """PyTorch on as many threads, and whether it is installed."""
+    try:
+        import torch
+    except ImportError:
+        yield False
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield True
+    finally:
+        torch.set_num_threads(before)
+
+
+def _one_shape(machine: Machine, repeats: int, shape: Shape, has_torch: bool) -> Record:
     sets = [scene(seed, shape) for seed in range(sets_for(4 * shape.all * shape.width))]
     expected = [in_numpy(x, shape.steps) for x in sets]
     capacities = _capacities(shape, expected)
@@ -103,8 +103,15 @@ def _one_shape(machine: Machine, repeats: int, shape: Shape) -> Record:
         call()
         check(made, right)
         ours.append(call)
-    theirs: list[Call] = [lambda x=x: _discard(in_numpy(x, shape.steps)) for x in sets]  # type: ignore[misc]
-    seconds = interleave([ours, theirs], repeats, machine.clock, settle=SETTLE)
+    sides = {"numpy": _calls(in_numpy, sets, shape.steps)}
+    if has_torch:
+        for x, right in zip(sets, expected, strict=True):
+            require_same(in_torch(x, shape.steps), right)
+        sides["torch"] = _calls(in_torch, sets, shape.steps)
+    seconds = interleave([ours, *sides.values()], repeats, machine.clock, settle=SETTLE)
+    times = dict(zip(sides, np.median(seconds[1:], 1), strict=True))
+    fastest = min(times, key=lambda side: times[side])
+    theirs = seconds[1 + list(sides).index(fastest)]
     floor = float(np.mean([operations(shape, right.counts) for right in expected])) / machine.matmul_gflops / 1e9
     counts = np.mean([right.counts for right in expected], 0)
     library = native.find()
@@ -114,9 +121,20 @@ def _one_shape(machine: Machine, repeats: int, shape: Shape) -> Record:
         "representatives": round(float(counts[0])), "final": round(float(counts[-1])),
         "kernels": "none" if isinstance(library, str) else native.isa(),
         "floor_ms": round(floor * 1e3, 3), "times_floor": round(float(np.median(seconds[0])) / floor, 3),
+        **{f"{side}_ms": round(float(seconds) * 1e3, 3) for side, seconds in times.items()},
     }  # fmt: skip
-    limit = float(np.median(seconds[1])) / floor
-    return timed("scc.components", params, BASELINE, seconds[0], seconds[1], limit, machine.as_dict())
+    limit = float(times[fastest]) / floor
+    return timed("scc.components", params, BASELINES[fastest], seconds[0], theirs, limit, machine.as_dict())
+
+
+def _calls(side: Callable[[Array, int], Merged], sets: Sequence[Array], steps: int) -> list[Call]:
+    def call_of(x: Array) -> Call:
+        def call() -> None:
+            side(x, steps)
+
+        return call
+
+    return [call_of(x) for x in sets]
 
 
 def operations(shape: Shape, counts: Sequence[int]) -> int:
@@ -236,60 +254,3 @@ def check(made: dict[str, Array], right: Merged) -> None:
         raise CheckFailed(
             "scc.components: rows behind the last are not zero", "zeros", "run the tests of the operators"
         )
-
-
-def in_numpy(x: Array, steps: int) -> Merged:
-    """The same in NumPy and scipy: what one would write without our operators, no loop over frames or tokens."""
-    flat = x.reshape(-1, x.shape[-1])
-    unit = _unit(flat)
-    label = _components(unit.reshape(x.shape))
-    member = _members(label)
-    size = np.diff(member.indptr)
-    mean = (member @ flat) / size[:, None].astype(np.float32)
-    if steps == 1:
-        return Merged(label, [len(mean)], None, mean, size)
-    group = _members(_components(_unit(mean)[None]))
-    base = (group @ mean) / np.diff(group.indptr)[:, None].astype(np.float32)
-    match = np.argmax(unit @ _unit(base).T, axis=1)
-    joined = _members(match, len(base))
-    size = np.diff(joined.indptr) + 1
-    return Merged(label, [len(mean), len(base)], match, (base + joined @ flat) / size[:, None].astype(np.float32), size)
-
-
-def _unit(x: Array) -> Array:
-    return x / np.sqrt(np.einsum("te,te->t", x, x))[:, None]
-
-
-def _components(unit: Array) -> Array:
-    """Components of each group of `[G, n, E]`, numbered over all groups by the index of their head, ``[G n]``."""
-    from scipy.sparse import csr_array
-    from scipy.sparse.csgraph import connected_components
-
-    groups, tokens, _ = unit.shape
-    near = np.matmul(unit, unit.transpose(0, 2, 1)) > TAU
-    near.reshape(groups, -1)[:, :: tokens + 1] = False
-    degree = np.count_nonzero(near, axis=2).ravel()
-    edge = np.flatnonzero(near)
-    column = edge // (tokens * tokens) * tokens + edge % tokens
-    starts = np.concatenate([[0], np.cumsum(degree)])
-    graph = csr_array((np.ones(len(edge), np.int8), column, starts), shape=(len(degree), len(degree)))
-    _, found = connected_components(graph, directed=False)
-    order = np.lexsort((np.arange(len(degree)), -degree, found))
-    head = order[np.unique(found[order], return_index=True)[1]]
-    number = np.empty(len(head), np.int64)
-    number[np.argsort(head)] = np.arange(len(head))
-    return number[found]
-
-
-def _members(label: Array, rows: int = 0) -> Any:
-    """A sparse matrix of ones `[segments, tokens]`: times tokens it sums each segment."""
-    from scipy.sparse import csr_array
-
-    counts = np.bincount(label, minlength=rows)
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    order = np.argsort(label, kind="stable")
-    return csr_array((np.ones(len(label), np.float32), order, starts), shape=(len(counts), len(label)))
-
-
-def _discard(_: Merged) -> None:
-    """A call returns nothing."""
