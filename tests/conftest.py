@@ -21,6 +21,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing with them")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """In one of several test processes: one thread each, for more only get in each other's way."""
+    if hasattr(config, "workerinput"):
+        import torch
+
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Several processes: the tests of a file stay together, for its fixtures, and so do all that load the real SmolLM2.
+
+    These come first, as they take longest and nothing should wait for them at the end.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    heavy = {item.path for item in items if item.get_closest_marker("model")}
+    items.sort(key=lambda item: item.path not in heavy)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("model" if item.path in heavy else item.path.name))
+
+
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Family -> Hugging Face folder of its tiny model."""

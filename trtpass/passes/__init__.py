@@ -39,7 +39,7 @@ class Site:
 @dataclass(frozen=True)
 class PassResult:
     """What a pass did. ``modified``: whether the graph changed; ``near_misses``: where it did not apply, and why;
-    ``warnings``: options that are legal and probably not meant."""
+    ``warnings``: options that are legal and probably not meant; ``plan``: what a twin needs beside the options."""
 
     name: str
     modified: bool
@@ -47,6 +47,7 @@ class PassResult:
     near_misses: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    plan: Any = None
 
 
 class Pass(abc.ABC):
