@@ -11,6 +11,7 @@ from collections.abc import Callable
 import fuzz_attention
 import fuzz_merging
 import fuzz_pages
+import fuzz_reduction_a
 import fuzz_selection
 import numpy as np
 from fuzz_values import Request, Rng
@@ -33,6 +34,11 @@ GENERATORS: dict[str, tuple[Valid, Invalid]] = {
     "BipartiteMatch": (fuzz_merging.match, fuzz_merging.wrong_match),
     "SegmentMean": (fuzz_merging.mean, fuzz_merging.wrong_mean),
     "MergeTokens": (fuzz_merging.merge, fuzz_merging.wrong_merge),
+    "GatherTokens": (fuzz_reduction_a.gather, fuzz_reduction_a.wrong_gather),
+    "AttentionRows": (fuzz_reduction_a.rows, fuzz_reduction_a.wrong_rows),
+    "KeepTokens": (fuzz_reduction_a.keep, fuzz_reduction_a.wrong_keep),
+    "IndexTokens": (fuzz_reduction_a.index, fuzz_reduction_a.wrong_keep),
+    "BipartiteFilter": (fuzz_reduction_a.even_odd, fuzz_reduction_a.wrong_even_odd),
 }
 
 

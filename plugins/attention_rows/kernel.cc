@@ -10,17 +10,14 @@ namespace {
 constexpr int kTile = 12;  // rows of a unit; a multiple of kRows everywhere
 constexpr int kFew = 4;    // up to so many rows packing costs more than it saves
 
-// scores[0, limit), in powers of two, plus the bias to weights 2^(score - maximum); their sum. Both have room for whole
-// vectors, and the bias is finite there.
+// scores[0, limit), in powers of two, plus the bias to weights 2^(score - maximum); their sum. The scores have room for
+// whole vectors; the bias of what is not seen goes nowhere.
 float weigh(float* scores, const float* bias, std::int64_t limit) {
   const std::int64_t end = round_up(limit, kLanes);
+  for (std::int64_t j = 0; j < limit; ++j) scores[j] += bias[j];
   for (std::int64_t j = limit; j < end; ++j) scores[j] = kNothing;
   Vec high = splat(kNothing);
-  for (std::int64_t j = 0; j < end; j += kLanes) {
-    const Vec score = load(scores + j) + load(bias + j);
-    store(scores + j, score);
-    high = larger(high, score);
-  }
+  for (std::int64_t j = 0; j < end; j += kLanes) high = larger(high, load(scores + j));
   const float maximum = largest(high);
   const Vec base = splat(maximum == kNothing ? 0.0f : maximum);
   Vec total = {};
@@ -62,7 +59,7 @@ struct Rows {
   std::int64_t padded;  // tokens, with room for whole panels
   bool causal;
   float scale;
-  float* bias;  // [B, padded], in powers of two; 0 behind a row
+  float* bias;  // [B, S], in powers of two
 
   std::int64_t length(std::int64_t b) const {
     const std::int64_t given = lengths[b];
@@ -101,7 +98,7 @@ void few_rows(Call& call, const Rows& all, Tensor& prob) {
       for (std::int64_t r = 0; r < all.rows; ++r)
         scores[r * all.padded + j] = dot(queries + r * wide, all.key(b, h, j), all.k.type, all.depth);
     for (std::int64_t r = 0; r < all.rows; ++r)
-      totals[unit * all.rows + r] = weigh(scores + r * all.padded, all.bias + b * all.padded, limits[r]);
+      totals[unit * all.rows + r] = weigh(scores + r * all.padded, all.bias + b * all.tokens, limits[r]);
   });
   call.parallel(all.batch * all.rows, [&](std::int64_t unit, int) {
     const std::int64_t b = unit / all.rows, r = unit % all.rows, limit = all.limit(b, r);
@@ -158,7 +155,7 @@ void many_rows(Call& call, const Rows& all, Tensor& prob) {
       for (std::int64_t i = 0; i < count; ++i) {
         if (limits[i] == 0) continue;
         float* row = scores + i * all.padded;
-        const float total = weigh(row, all.bias + b * all.padded, limits[i]);
+        const float total = weigh(row, all.bias + b * all.tokens, limits[i]);
         add_weights(sums + i * all.padded, row, limits[i], 1.0f / (total * static_cast<float>(all.heads)), h == 0);
       }
     }
@@ -183,14 +180,10 @@ TRTPASS_KERNEL(attention_rows) {
   const std::int64_t padded = round_up(tokens, kPanel);
   Tensor prob = call.output("prob", {batch, rows, tokens});
 
-  float* bias = call.scratch_floats(batch * padded);
+  float* bias = call.scratch_floats(batch * tokens);
   const Rows all{q,    k,      call.input("row").ints(), call.input("lengths").ints(), batch, heads, key_heads,
                  rows, tokens, depth, padded, causal == 1, exponent_scale(call.number("scale"), depth), bias};
-  for (std::int64_t b = 0; b < batch; ++b) {
-    const std::int64_t length = all.length(b);
-    read_row(bias + b * padded, call.input("bias").row(b), Type::float32, length, kLog2e);
-    zero_row(bias + b * padded + length, Type::float32, padded - length);
-  }
+  read_row(bias, call.input("bias").data, Type::float32, batch * tokens, kLog2e);
   if (rows <= kFew)
     few_rows(call, all, prob);
   else
