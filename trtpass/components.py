@@ -112,7 +112,7 @@ def _one(x: Array, tau: float, group: Array | None, positions: Array) -> Compone
     centre, ranges = _spread(positions, label, own, k)
     sizes = np.bincount(label, minlength=k)
     return Components(
-        made.astype(x.dtype, copy=False), sizes, label.astype(np.int64), centre, ranges,
+        made.astype(x.dtype), sizes, label.astype(np.int64), centre, ranges,
         _runs(label, positions), k / len(x),
     )  # fmt: skip
 
