@@ -112,9 +112,14 @@ class ReductionOptions:
         return self.compress == "size" if self.proportional == "auto" else self.proportional == "true"
 
     @property
-    def low(self) -> bool:
-        """Whether a layer keeps less than the papers' methods survive."""
-        return self.keep < LOW_KEEP
+    def pads(self) -> bool:
+        """Whether rows of a batch keep different numbers of tokens: never, the budget is one for all."""
+        return False
+
+    def warnings(self) -> tuple[str, ...]:
+        """What is legal and probably not meant, in words."""
+        low = self.keep < LOW_KEEP
+        return (f"keep={self.keep} is below 5%: quality is gone in the papers",) if low else ()
 
     def figures(self) -> tuple[int, ...]:
         """The figures of ``r``; empty where there are none."""

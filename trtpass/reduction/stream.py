@@ -11,6 +11,8 @@ from trtpass.errors import AnchorError
 from trtpass.ir import dims
 from trtpass.reduction.emit import F32, I32, I64, Emitter
 
+HIDDEN = -1e30  # as a logit: no weight in float32
+
 
 @dataclass
 class Stream:
@@ -85,14 +87,26 @@ def last_axis(emit: Emitter, value: ir.Value, role: str) -> ir.Value:
     return emit.node("Unsqueeze", [value, emit.ints(-1)], role, value.dtype, [*(dims(value) or [None, None]), 1])
 
 
-def key_bias(emit: Emitter, stream: Stream) -> ir.Value:
-    """log(size) as a mask float32 `[B, 1, S, S]` for attention that counts each key as often as its size.
+def key_bias(emit: Emitter, stream: Stream, sizes: bool, pads: bool) -> ir.Value:
+    """A mask float32 `[B, 1, S, S]` on keys: log(size), for attention that counts each key as often as its size, and a
+    large negative number behind a row's ``lengths``, where rows of a batch have different numbers of tokens.
 
     Spelt out for every query: ONNX Runtime's Attention does not broadcast a mask over queries.
     """
     batch, length = stream.batch, stream.length
-    log = emit.node("Log", [stream.size], "log_size", F32, [batch, length])
-    keys = emit.node("Unsqueeze", [log, emit.ints(1, 2)], "key_bias", F32, [batch, 1, 1, length])
+    if sizes:
+        bias = emit.node("Log", [stream.size], "log_size", F32, [batch, length])
+    else:
+        bias = emit.node("Sub", [stream.size, stream.size], "no_bias", F32, [batch, length])
+    if pads:
+        count = emit.node("Unsqueeze", [stream.lengths, emit.ints(1)], "lengths_column", I32, [batch, 1])
+        ones = emit.node("Sub", [stream.place, stream.place], "zero_place", I32, [batch, length])
+        one = emit.node("Cast", [emit.scalar(1.0)], "one", I32, [], to=int(I32))
+        step = emit.node("Add", [ones, one], "one_place", I32, [batch, length])
+        order = emit.node("CumSum", [step, emit.scalar(1, _i64())], "order", I32, [batch, length], exclusive=1)
+        real = emit.node("Less", [order, count], "real", ir.DataType.BOOL, [batch, length])
+        bias = emit.node("Where", [real, bias, emit.scalar(HIDDEN)], "padded_bias", F32, [batch, length])
+    keys = emit.node("Unsqueeze", [bias, emit.ints(1, 2)], "key_bias", F32, [batch, 1, 1, length])
     tokens = emit.node("Shape", [stream.tokens], "bias_tokens", I64, [1], start=1, end=2)
     shape = emit.node("Concat", [emit.ints(1, 1), tokens, emit.ints(1)], "bias_shape", I64, [4], axis=0)
     return emit.node("Expand", [keys, shape], "bias", F32, [batch, 1, length, length])

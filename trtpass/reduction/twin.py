@@ -17,13 +17,12 @@ import numpy as np
 
 from trtpass.errors import InputError
 from trtpass.interception import attention
-from trtpass.reduction.definition import Row, open_row, reduce_row, restore_row
-from trtpass.reduction.options import ReductionOptions
+from trtpass.reduction.definition import Row, Step, open_row, restore_row
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trtpass.passes.reduce import Plan
+    from trtpass.passes.stream_pass import Plan, StreamOptions
 
 
 @dataclass
@@ -95,10 +94,11 @@ class EncoderTwin:
         module: a transformers encoder in eval mode, float32, or a module around one.
         options: the pass's options.
         plan: what the pass decided on the graph: blocks, budgets, protected tokens, grid, restore.
+        step: one site on one row: ``StreamPass.step``.
     """
 
-    def __init__(self, module: Any, options: ReductionOptions, plan: Plan) -> None:
-        self.module, self.options, self.plan = module, options, plan
+    def __init__(self, module: Any, options: StreamOptions, plan: Plan, step: Callable[..., Step]) -> None:
+        self.module, self.options, self.plan, self.step = module, options, plan, step
         self.cls, self.columns, self.restore = plan.cls, plan.columns, plan.restore
         self.budgets = dict(zip(plan.blocks, plan.budgets, strict=True))
 
@@ -175,17 +175,7 @@ class EncoderTwin:
                     target = torch.from_numpy(np.array(forced[layer]["target"][b])).long().reshape(dropped, -1)
                 given = (keep, target)
             steps.append(
-                reduce_row(
-                    row,
-                    seen["q"][b],
-                    seen["k"][b],
-                    float(seen["scale"]),
-                    self.options,
-                    self.budgets[layer],
-                    self.cls,
-                    self.columns,
-                    given,
-                )
+                self.step(row, seen["q"][b], seen["k"][b], float(seen["scale"]), self.budgets[layer], self.plan, given)
             )
         state["rows"] = [step.row for step in steps]
         selections[layer] = {
