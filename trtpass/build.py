@@ -242,7 +242,10 @@ def _check_target(request: Request) -> None:
 
 def _canonical(recipe: Recipe, loaded: Loaded, report: Report) -> tuple[ir.Model, RaiseReport]:
     """The model as ONNX, exported or read, and raised."""
-    if loaded.module is not None and loaded.onnx is None:
+    if loaded.module is not None and loaded.onnx is None and recipe.exporter is not None:
+        report("exporting", 0.05)
+        model = recipe.exporter(loaded)
+    elif loaded.module is not None and loaded.onnx is None:
         from trtpass.export import export
 
         report("exporting", 0.05)

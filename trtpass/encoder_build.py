@@ -60,7 +60,7 @@ def kind_of(recipe: Recipe, model: ir.Model, anchors: Anchors) -> Kind:
             "a graph input_ids [batch, sequence] -> logits, or another with attention that raises",
             "run `trtpass inspect` on the file",
         )
-    if getattr(recipe, "kind", "") == "encoder":
+    if recipe.kind == "encoder":
         return "encoder"
     tokens = anchors.input_ids is not None and anchors.logits is not None
     return "decoder" if tokens and all(v.dtype in _INTEGERS for v in model.graph.inputs) else "encoder"
@@ -70,7 +70,7 @@ def default_passes(recipe: Recipe) -> tuple[str, ...]:
     """The recipe's own; but none for an ONNX file without token input, since those of ``resolve`` are a decoder's."""
     from graphs import DEFAULT_PASSES
 
-    if recipe.onnx is not None and recipe.default_passes == DEFAULT_PASSES:
+    if recipe.kind == "decoder" and recipe.onnx is not None and recipe.default_passes == DEFAULT_PASSES:
         return recipe.default_passes if find(io.load(recipe.onnx)).input_ids is not None else ()
     return recipe.default_passes
 
@@ -139,7 +139,7 @@ def build_encoder(job: Job) -> Manifest:
         lowered, checks, _records(job.pipeline, ladder),
         kind="encoder", context=0, variants=chosen,
         inputs={name: str(port) for name, port in ports(dense.graph.inputs).items()},
-        outputs={name: str(port) for name, port in ports(dense.graph.outputs).items()},
+        outputs={name: str(port) for name, port in ports(rewritten.graph.outputs).items()},
     )  # fmt: skip
 
 
@@ -171,9 +171,8 @@ def probe_for(job: Job, model: ir.Model) -> Probe:
     """
     if job.request.inputs is not None:
         return read_probe(job.request.inputs, model)
-    examples = getattr(job.recipe, "examples", None)
-    if examples is not None:
-        arrays = checked(examples(), ports(model.graph.inputs), f"the examples of '{job.recipe.name}'")
+    if job.recipe.examples is not None:
+        arrays = checked(job.recipe.examples(), ports(model.graph.inputs), f"the examples of '{job.recipe.name}'")
         return Probe(arrays, "the recipe's examples")
     return noise(model, job.request.sizes)
 

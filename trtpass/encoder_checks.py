@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from trtpass.anchors import find
 from trtpass.compare import Difference, difference, run_onnx, session
 from trtpass.encoder_inputs import Probe
 from trtpass.errors import InputError
@@ -56,7 +57,7 @@ class Flips:
 
 
 def flips(left: Selections, right: Selections) -> Flips:
-    """Compare choices by layer: ``keep [B, S]`` by the right side's ``score [B, S]`` (highest kept), and ``target``.
+    """Compare ``keep [B, S]`` by the right side's ``score [B, S]`` (highest kept), and ``target [B, T]``, by layer.
 
     A target has no cut of its own: it is counted alone, and the numbers of the forced run are what bounds it.
     """
@@ -132,7 +133,8 @@ class EncoderLadder:
 
     @property
     def outputs(self) -> list[str]:
-        return [str(value.name) for value in self.dense.graph.outputs]
+        """Of the rewritten graph: those of the model, then those that passes add."""
+        return [str(value.name) for value in self.rewritten.graph.outputs]
 
     def checks(self, target: str, report: Report = silent, kernels: bool = True, unbuilt: str = "") -> Checks:
         """All three; a plan that cannot run here, or could not be built (``unbuilt``), says so."""
@@ -180,7 +182,8 @@ class EncoderLadder:
         if isinstance(made, torch.Tensor):
             made = (made,)
         values = [value for value in (made.values() if hasattr(made, "values") else made) if value is not None]
-        return {name: value.numpy() for name, value in zip(self.outputs, values, strict=False)}
+        names = [str(value.name) for value in self.dense.graph.outputs]
+        return {name: value.numpy() for name, value in zip(names, values, strict=False)}
 
     def rewrite(self) -> Check:
         """D = C: the twin with the graph's choices forced, tight; its own choices, within the margin of the cut."""
@@ -194,19 +197,41 @@ class EncoderLadder:
         steps = [(p, r) for p, r in zip(self.passes, self.results, strict=True) if reducing([r])]
         if importlib.util.find_spec("torch") is None:
             return Check.not_run("torch, in which the references are written, is not installed")
-        if len(steps) > 1:
-            return Check.not_run("several passes make the stream shorter: a twin follows one")
+        if self.module is None or len(steps) > 1:
+            return self._sites_alone(steps, chosen)
         ((step, result),) = steps
-        try:
-            twin = step.twin(self.module, result)
-        except InputError as error:
-            return Check.not_run(error.found)
         forced = {layer: {role: c[role] for role in FORCED if role in c} for layer, c in chosen.items()}
-        run = twin.run(self.probe.feed, forced)
-        self.saved = ("torch", dict(run.outputs))
-        return self._judge(
-            self._main(outputs), run.outputs, ATOL, RTOL, free=flips(run.selections, chosen), reduced=True
-        )
+        try:
+            run = step.twin(self.module, result).run(self.probe.feed, forced)
+        except InputError as error:
+            return Check.not_run(f"there is no twin: {error.found}")
+        made = {name: outputs[name] for name in run.outputs}
+        self.saved = ("torch", {**self._main(outputs), **run.outputs})
+        return self._judge(made, run.outputs, ATOL, RTOL, free=flips(run.selections, chosen), reduced=True)
+
+    def _sites_alone(self, steps: Sequence[tuple[Pass, PassResult]], chosen: Selections) -> Check:
+        """Without a twin: each site against the definition, on the graph's own stream, queries and keys."""
+        from trtpass.encoder_sites import site_inputs, sites_alone
+        from trtpass.passes.reduce import Reduce
+
+        why = "there is no torch model" if self.module is None else "no twin follows several passes at once"
+        other = [step.name for step, _ in steps if not isinstance(step, Reduce)]
+        if other:
+            return Check.not_run(f"{why}, and pass '{other[0]}' has no definition of a site alone")
+        anchors = find(self.dense)
+        inputs = [site_inputs(anchors, result) for _, result in steps]
+        graph = self.rewritten.clone()
+        expose(graph, sorted({name for sites in inputs for site in sites for name in site.names}))
+        self._expose(graph)
+        outputs = run_onnx(graph, self.folder, self.probe.feed)
+        right, own = dict[str, np.ndarray](), dict[int, Mapping[str, np.ndarray]]()
+        for (step, result), sites in zip(steps, inputs, strict=True):
+            streams, choices = sites_alone(sites, step.options, result, outputs, chosen)
+            right |= {f"layer {layer}": stream for layer, stream in streams.items()}
+            own |= choices
+        left = {f"layer {site.layer}": outputs[site.values["tokens"]] for site in self.sites}
+        note = f"each site against its definition ({why})"
+        return self._judge(left, right, ATOL, RTOL, note=note, free=flips(own, chosen), reduced=True)
 
     def engine(self, target: str, kernels: bool = True, unbuilt: str = "") -> Check:
         """C = E: the rewritten and the lowered graph, with C's choices forced; its free choices."""

@@ -21,6 +21,7 @@ from trtpass.ir import check, drop_idle_inputs, tidy
 from trtpass.op import DOMAIN
 from trtpass.passes.explicit_masks import NONPAD, explicit_masks
 from trtpass.passes.fresh_cache import concat_fresh_cache
+from trtpass.passes.mask_types import mask_types
 from trtpass.passes.turing import products_as_sums
 from trtpass.plan_process import PlanReport, Profile, Progress, plain
 from trtpass.plan_process import run as _run
@@ -68,6 +69,7 @@ def lower(model: ir.Model, compute_capabilities: Sequence[str] = SMS, dtype: str
         del copy.functions[identifier]  # a rewritten graph carries dynamic bodies; inlining attaches the static ones
     inline_bodies(copy, "static")
     to_half(copy, ir.DataType[dtype.upper()])
+    mask_types(copy)
     explicit_masks(copy)
     concat_fresh_cache(copy)
     if _has_turing(compute_capabilities):

@@ -20,6 +20,7 @@ from trtpass.ir import check, dims, drop_idle_inputs, make_node, tidy
 from trtpass.op import DOMAIN, VERSION, Op, Port, Step
 from trtpass.passes.explicit_masks import explicit_masks
 from trtpass.passes.lower import TARGET_KEY, Decision, Lowered, inline_bodies
+from trtpass.passes.mask_types import mask_types
 from trtpass.passes.precision import to_half
 from trtpass.trt.plugins import NAMESPACE, decode, encode, usable
 from trtpass.trt.plugins import VERSION as PLUGIN_VERSION
@@ -49,6 +50,7 @@ def lower(model: ir.Model, cc: int, dtype: str = "float16") -> Lowered:
     kept = {node: choose(node, dtype, cc) for node in nodes}
     decisions = inline_bodies(copy, "static", {n: True if isinstance(c, tuple) else c for n, c in kept.items()})
     to_half(copy, DTYPES[dtype])
+    mask_types(copy)
     explicit_masks(copy)
     for node in [n for n in copy.graph.all_nodes() if n.domain == DOMAIN]:
         steps = kept[node]
