@@ -34,7 +34,9 @@ IR_VERSION = 10
 CONTEXT_KEY = "trtpass.context"
 """Metadata of an exported model: the most tokens a row may have, as text."""
 
-_ROOT = "model_to_export"
+ROOT = "model_to_export"
+"""The name under which a module is traced."""
+
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _FOLD_LIMIT = 4096  # elements: arithmetic on shapes is far smaller, weights and masks are larger
 _PAGE = 4096  # bytes: weights start on a page, so that they can be mapped
@@ -60,9 +62,7 @@ def export(module: torch.nn.Module, config: Any, *, context: int) -> ir.Model:
             frequencies depend on the length of the input, or PyTorch cannot trace it.
     """
     model = _graph(module, config, context)
-    state = _tensors(module)
-    for value in _unset(model):
-        value.const_value = _attach(value, state)
+    attach(model, module)
     return model
 
 
@@ -141,9 +141,20 @@ def _graph(module: torch.nn.Module, config: Any, context: int) -> ir.Model:
         raise InputError("the module is in training mode", "eval mode", "call module.eval() before exporting")
     check_exportable(config, context)
     model = _trace(module)
+    finish(model, module)
+    model.metadata_props[CONTEXT_KEY] = str(context)
+    return model
+
+
+def finish(model: ir.Model, module: torch.nn.Module) -> None:
+    """Bring what PyTorch exported into our form, in place: canonical names, folded shapes, nothing of the machine.
+
+    ``module`` was traced as the child `ROOT` of another. Its parameters are initializers without a value afterwards;
+    `attach` gives them their values.
+    """
     canonical = _canonical_names(module)
     for name, value in list(model.graph.initializers.items()):
-        parameter = name.removeprefix(f"{_ROOT}.")
+        parameter = name.removeprefix(f"{ROOT}.")
         if parameter in canonical:
             value.const_value = None
             value.name = canonical[parameter]
@@ -155,8 +166,13 @@ def _graph(module: torch.nn.Module, config: Any, context: int) -> ir.Model:
     model.graph.name = "main"
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "trtpass", trtpass.__version__
-    model.metadata_props[CONTEXT_KEY] = str(context)
-    return model
+
+
+def attach(model: ir.Model, module: torch.nn.Module) -> None:
+    """Give the initializers the module's parameters and buffers, as views of their memory."""
+    state = _tensors(module)
+    for value in _unset(model):
+        value.const_value = _attach(value, state)
 
 
 def _trace(module: torch.nn.Module) -> ir.Model:
@@ -166,10 +182,10 @@ def _trace(module: torch.nn.Module) -> ir.Model:
     class Stateless(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.add_module(_ROOT, module)
+            self.add_module(ROOT, module)
 
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-            return getattr(self, _ROOT)(input_ids=input_ids, use_cache=False).logits
+            return getattr(self, ROOT)(input_ids=input_ids, use_cache=False).logits
 
     ids = torch.zeros((2, 17), dtype=torch.int64)  # any sizes but 0 and 1, which would become constants
     program = None
@@ -308,5 +324,5 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _scope(node: ir.Node) -> str:
     """Path of the innermost module that a node was traced in, such as ``model.layers.0.self_attn``; "" if unknown."""
     scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
-    modules = [scope for scope in scopes[:-1] if scope.startswith(f"{_ROOT}.")]  # the last one is the operation
-    return modules[-1].removeprefix(f"{_ROOT}.") if modules else ""
+    modules = [scope for scope in scopes[:-1] if scope.startswith(f"{ROOT}.")]  # the last one is the operation
+    return modules[-1].removeprefix(f"{ROOT}.") if modules else ""
