@@ -7,6 +7,7 @@ its metadata. ``input_image [B, 3, 224, 224]`` (RGB, ImageNet mean and deviation
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,10 +159,11 @@ def _renamed(name: str) -> str:
 
 
 def load(context: int | None) -> Loaded:
-    """The ONNX file; a vision model has no context to limit."""
+    """The ONNX file, and the same model in PyTorch for the proofs; a vision model has no context to limit."""
     if context is not None:
         raise InputError(f"context {context} for dinov2-saliency", "none: it always has 257 tokens")
-    return Loaded(None, None, None, None, onnx=onnx_file())
+    module: Any = torch_module()
+    return Loaded(module, module.backbone.config, None, None, onnx=onnx_file())
 
 
 RECIPE = Recipe(

@@ -31,7 +31,7 @@ class Tiny:
 
 
 def tiny_encoder(family: str, seed: int = 0) -> Tiny:
-    """A tiny encoder of one of `FAMILIES`, 3 layers, 4 heads, width 32; weights are wide enough to tell tokens apart."""
+    """A tiny encoder of one of `FAMILIES`: 3 layers, 4 heads, width 32, weights wide enough to tell tokens apart."""
     import transformers as hf
 
     common: Any = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
