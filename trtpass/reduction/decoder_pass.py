@@ -1,0 +1,286 @@
+"""What the span methods of decoders share: where they apply, the shorter stream, rotations, and what caches hold."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from trtpass.anchors import Anchors, AttentionBlock
+from trtpass.errors import AnchorError, InputError
+from trtpass.ir import add_input, dims, is_op
+from trtpass.passes import WHOLE_PROMPT_KEY, Pass, PassResult, Site, need_blocks
+from trtpass.passes.logits import lm_head
+from trtpass.reduction.decoder import DROPPED, SPAN_KEY, Cut, Shortened, Span
+from trtpass.reduction.decoder_options import SpanOptions
+from trtpass.reduction.decoder_sites import SpanSite, heirs
+from trtpass.reduction.decoder_twin import SpanTwin, TwinSite
+from trtpass.reduction.emit import I32, Emitter
+from trtpass.reduction.stream import Stream, open_stream
+from trtpass.reduction.walk import follow, need_through, resize
+
+
+def visual_mask(model: ir.Model) -> ir.Value | None:
+    """The tokens of a multimodal graph that stand for an image, bool `[B, S]`; None where the graph has none.
+
+    Nothing recognises them yet: ``span=auto`` says so.
+    """
+    return None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A site to be: the ``block`` that chooses, the ``stream`` `[B, S, E]` that becomes shorter, the layer it is named
+    after, and the first ``layer`` whose keys are then fewer."""
+
+    block: AttentionBlock
+    stream: ir.Value
+    label: int
+    cut: Cut
+    span: Span
+
+
+class SpanMethod(Pass):
+    """Drop tokens of a span from a causal decoder's stream, from chosen layers on, in prefill.
+
+    Subclasses choose places, score and join. The stream is whole again below lm_head: a dropped token gets the row of
+    the one that it joined, so ``logits [B, S, V]`` keeps its shape. The graph also gives ``dropped`` int32
+    `[layers, batch]`, which the decode graph reads.
+    """
+
+    whole_prompt: ClassVar[bool] = True
+    before: ClassVar[bool]  # whether a site lies before its layer, or between its attention and MLP
+    options: SpanOptions
+
+    @abc.abstractmethod
+    def score(self, site: SpanSite) -> ir.Value:
+        """Filter: float32 `[B, S]`, highest kept first, +inf outside the span."""
+
+    def join(
+        self, site: SpanSite, index: ir.Value, rest: ir.Value, count: ir.Value, kept: ir.Value
+    ) -> tuple[ir.Value, ir.Value | None]:
+        """Kept tokens `[B, C, E]` after the dropped ones joined, and ``target [B, T]`` (None: nothing joins)."""
+        return kept, None
+
+    def requires(self, model: ir.Model, anchors: Anchors) -> None:
+        """Causal attention in every layer from the first site on, a token input, logits, and a span."""
+        self.places(model, anchors)
+
+    def places(self, model: ir.Model, anchors: Anchors) -> list[Place]:
+        """Where tokens go, in order; empty where the options drop nothing.
+
+        Raises:
+            AnchorError: what is missing, and where the search stopped.
+            InputError: a span or a layer that does not fit, or another method in the graph.
+        """
+        need_blocks(anchors, self.name)
+        other = model.metadata_props.get(WHOLE_PROMPT_KEY)
+        if other or any(str(v.name).startswith("keep.") for v in model.graph.outputs):
+            raise InputError(
+                f"pass '{self.name}' after '{other or 'a cache policy'}'",
+                "one method alone: no proof covers it beside another",
+            )
+        if anchors.input_ids is None:
+            raise AnchorError(f"pass '{self.name}' found no token input", fix="see `trtpass inspect`")
+        lm_head(anchors)
+        blocks, span = anchors.blocks, self._span(model)
+        permille, made = self.options.permille, []
+        for layer in self.options.chosen(len(blocks)):
+            if permille == 1000:
+                break
+            chooser = blocks[layer - 1] if self.before else blocks[layer]
+            stream = blocks[layer].residual_in if self.before else chooser.residual_out
+            if stream is None:
+                raise AnchorError(
+                    f"pass '{self.name}': layer {layer} has no residual stream: {blocks[layer].why_no_residual}",
+                    "x + attention(norm(x))",
+                )
+            cut, after = span.cut(layer if self.before else layer + 1, permille)
+            made.append(Place(chooser, stream, layer, cut, span))
+            span = after
+        for block in blocks[made[0].block.layer :] if made else ():
+            if not block.causal:
+                raise AnchorError(
+                    f"pass '{self.name}': layer {block.layer} is not causal self-attention: {block.why_not_causal}",
+                    "a causal decoder", "tome, evit and ficoco-v shorten encoders",
+                )  # fmt: skip
+        return made
+
+    def _span(self, model: ir.Model) -> Span:
+        if self.options.span != "auto":
+            return Span.parse(self.options.span, self.name)
+        if visual_mask(model) is None:
+            raise AnchorError(
+                f"pass '{self.name}': span=auto, and no tokens of an image were found in the graph",
+                "a multimodal graph, or a span", "say which tokens may go, such as span=4:600 or span=4:-32",
+            )  # fmt: skip
+        raise AnchorError(f"pass '{self.name}': span=auto is not there yet", "a span such as 4:600")
+
+    @property
+    def least_tokens(self) -> int:
+        """Tokens that a row needs at least, and enough more that its span loses some: for a check's probe."""
+        if self.options.span == "auto":
+            return 1
+        span = Span.parse(self.options.span, self.name)
+        return span.start - span.stop + 64 if span.relative else span.least
+
+    def call(self, model: ir.Model, anchors: Anchors) -> PassResult:
+        graph, places = model.graph, self.places(model, anchors)
+        if not places:
+            return PassResult(
+                self.name, False, (), ("nothing is dropped: every site keeps all of the span",), self.describe()
+            )
+        hidden = lm_head(anchors).inputs[0]
+        if hidden is None:  # excluded by lm_head
+            raise AnchorError("lm_head reads nothing")
+        batch = (dims(anchors.input_ids) or [None])[0]
+        lengths = add_input(graph, "lengths", ir.DataType.INT32, [batch])
+        stream: Stream | None = None
+        sites: list[Site] = []
+        held = [lengths] * len(anchors.blocks)
+        for place in places:
+            stream, site = self._shorten(model, place, stream, lengths, hidden)
+            sites.append(site)
+            held[place.cut.layer :] = [stream.lengths] * (len(held) - place.cut.layer)
+        if stream is None:  # excluded above
+            raise AnchorError("no site")
+        self._restore(model, stream, hidden)
+        self._report(model, lengths, held)
+        first = places[0]
+        least = max(first.span.least, 1)
+        record = Shortened(self.name, self.options.span, least, len(anchors.blocks), tuple(p.cut for p in places))
+        model.metadata_props[SPAN_KEY] = record.text()
+        model.metadata_props[WHOLE_PROMPT_KEY] = self.name
+        notes = ("below lm_head the stream is whole again: a dropped token has the row of the one that it joined",)
+        low = (f"a site keeps {self.options.permille / 10:g}% of its span: below 5% quality is gone in the papers",)
+        return PassResult(self.name, True, tuple(sites), notes, self.describe(), low if self.options.low else ())
+
+    def _shorten(
+        self, model: ir.Model, place: Place, stream: Stream | None, lengths: ir.Value, hidden: ir.Value
+    ) -> tuple[Stream, Site]:
+        """One site; the stream after it."""
+        graph, x = model.graph, place.stream
+        emit = Emitter(model, f"layer{place.label}.{self.name.replace('-', '_')}")
+        users, opening = list(x.uses()), list[ir.Node]()  # before new nodes use it too
+        if stream is None:
+            stream, opening = self._open(model, x, lengths)
+        stream.tokens = x
+        known = isinstance(stream.length, int)
+        kept = place.cut.kept(stream.length) if known else ir.SymbolicDim(f"kept_{place.label}")
+        dropped = stream.length - kept if known else ir.SymbolicDim(f"dropped_{place.label}")
+        if not known and place.cut.permille == 1000:
+            dropped = place.cut.drop
+        site = SpanSite(emit, place.block, stream, place.span, place.cut, kept, dropped)
+        score = self.score(site)
+        budget = place.cut.attributes()
+        (keep,) = emit.op("KeepTokens", [score, stream.lengths], ["keep"], site.sizes(), **budget)
+        index, count, rest, slot = emit.op(
+            "IndexTokens", [keep, stream.lengths], ["index", "count", "rest", "slot"], site.sizes(), **budget
+        )
+        tokens, target = self.join(site, index, rest, count, site.rows(x, index, "kept", kept))
+        (owner,) = emit.op(
+            "TrackTokens", [stream.owner, slot, rest, heirs(site, rest) if target is None else target, count],
+            ["owner"], site.sizes(),
+        )  # fmt: skip
+        producer = x.producer()
+        if producer is None:
+            raise AnchorError(f"the stream '{x.name}' is a graph input")
+        graph.insert_after(producer, opening + emit.take())
+        for node, number in users:
+            node.replace_input_with(number, tokens)
+        course = follow(graph, tokens, 1, hidden)
+        need_through(course, hidden, self.name)
+        resize(course, kept)
+        self._rotate(graph, emit, site, index, [node for node in graph if _rotates(node, course.axes)])
+        roles = {
+            "score": score,
+            "keep": keep,
+            "index": index,
+            "rest": rest,
+            "count": count,
+            "tokens": tokens,
+            "owner": owner,
+        }
+        if target is not None:
+            roles["target"] = target
+        after = Stream(
+            tokens, stream.batch, kept, stream.original, owner, stream.place, stream.size, stream.protected, count
+        )
+        return after, Site(place.label, {role: str(value.name) for role, value in roles.items()})
+
+    def _open(self, model: ir.Model, x: ir.Value, lengths: ir.Value) -> tuple[Stream, list[ir.Node]]:
+        """The stream before its first site, and its nodes. Padding takes the last valid token's row."""
+        emit = Emitter(model, f"{self.name.replace('-', '_')}.all")
+        stream = open_stream(emit, x, 0)
+        stream.lengths = lengths
+        last = emit.node("Sub", [lengths, emit.scalar(1, np.int32)], "last", I32, [stream.batch])
+        column = emit.node("Unsqueeze", [last, emit.ints(1)], "last_column", I32, [stream.batch, 1])
+        stream.owner = emit.node("Min", [stream.place, column], "owner", I32, [stream.batch, stream.original])
+        return stream, emit.take()
+
+    def _rotate(self, graph: ir.Graph, emit: Emitter, site: SpanSite, index: ir.Value, ropes: list[ir.Node]) -> None:
+        """Later layers rotate by the original positions: the rows of cos and sin `[B, S, D/2]` that are kept."""
+        gathered: dict[ir.Value, ir.Value] = {}
+        for rope in ropes:
+            if len(rope.inputs) != 3:
+                raise AnchorError(f"RotaryEmbedding '{rope.name}' has position_ids", "cos and sin [batch, tokens, D/2]")
+            for number in (1, 2):
+                table = rope.inputs[number]
+                shape = dims(table)
+                if table is None or shape is None or len(shape) != 3 or (shape[0] == 1 and site.stream.batch != 1):
+                    raise AnchorError(
+                        f"RotaryEmbedding '{rope.name}' reads '{table and table.name}' of shape {shape}",
+                        "cos and sin [batch, tokens, D/2]",
+                    )
+                if table not in gathered:
+                    gathered[table] = site.rows(
+                        table, index, f"{('cos', 'sin')[number - 1]}{len(gathered) // 2}", site.kept
+                    )
+                rope.replace_input_with(number, gathered[table])
+        made = emit.take()
+        after = index.producer()
+        if made and after is not None:
+            graph.insert_after(after, made)
+
+    def _restore(self, model: ir.Model, stream: Stream, hidden: ir.Value) -> None:
+        """All original rows below lm_head `[B, N, E]`; a plain gather, as every token has an owner or no row at all."""
+        emit = Emitter(model, self.name.replace("-", "_"))
+        users = list(hidden.uses())
+        (rows,) = emit.op(
+            "GatherTokens", [hidden, stream.owner], ["restored"],
+            {"B": stream.batch, "C": stream.original, "E": (dims(hidden) or [None] * 3)[2]},
+        )  # fmt: skip
+        producer = hidden.producer()
+        if producer is None:
+            raise AnchorError(f"'{hidden.name}' below lm_head is a graph input")
+        model.graph.insert_after(producer, emit.take())
+        for node, number in users:
+            node.replace_input_with(number, rows)
+
+    def _report(self, model: ir.Model, lengths: ir.Value, held: list[ir.Value]) -> None:
+        """The output ``dropped`` int32 `[layers, batch]`: lengths less what each layer holds."""
+        emit, batch = Emitter(model, self.name.replace("-", "_")), (dims(lengths) or [None])[0]
+        rows: dict[ir.Value, ir.Value] = {}
+        for number, value in enumerate(dict.fromkeys(held)):
+            gone = emit.node("Sub", [lengths, value], f"dropped_{number}", I32, [batch])
+            rows[value] = emit.node("Unsqueeze", [gone, emit.ints(0)], f"dropped_row_{number}", I32, [1, batch])
+        whole = emit.node("Concat", [rows[value] for value in held], DROPPED, I32, [len(held), batch], axis=0)
+        whole.name = DROPPED
+        model.graph.extend(emit.take())
+        model.graph.outputs.append(whole)
+
+    def twin(self, module: Any, result: PassResult) -> SpanTwin:
+        """The same edit on a transformers causal LM; see ``trtpass.reduction.decoder_twin``."""
+        span, sites = Span.parse(self.options.span, self.name), []
+        for site in result.sites:
+            cut, after = span.cut(site.layer if self.before else site.layer + 1, self.options.permille)
+            sites.append(TwinSite(site.layer, cut, span, self.before))
+            span = after
+        return SpanTwin(module, self.options, sites, getattr(self.options, "seed", None))
+
+
+def _rotates(node: ir.Node, axes: dict[int, int]) -> bool:
+    return is_op(node, "RotaryEmbedding") and node.inputs[0] is not None and id(node.inputs[0]) in axes
