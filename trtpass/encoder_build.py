@@ -9,8 +9,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -160,7 +161,8 @@ def _lower(job: Job, rewritten: ir.Model, chosen: Sequence[Mapping[str, int]]) -
         return write_plans(request.target, request.sm, source, job.work, request.out, job.report)
     lowered = lower(rewritten, request.target, request.kernels)
     write_graph(lowered.model, job.work / f"{ENGINE}.onnx")
-    return Plans(counted([(ENGINE, decision) for decision in lowered.decisions]), ())
+    decisions = [(ENGINE, replace(d, reason=re.sub(r" \('.*'\)", "", d.reason))) for d in lowered.decisions]
+    return Plans(counted(decisions), ())  # without the names of masks, which differ from layer to layer
 
 
 def probe_for(job: Job, model: ir.Model) -> Probe:

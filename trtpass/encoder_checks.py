@@ -174,16 +174,16 @@ class EncoderLadder:
         return dict(zip(names, runner.run(None, self.probe.feed), strict=True))
 
     def _torch(self) -> dict[str, np.ndarray]:
-        """The torch model's outputs, in the order of the graph's."""
+        """The torch model's outputs by the graph's names, or in its order."""
         import torch
 
         with torch.inference_mode():
             made = self.module(**{name: torch.from_numpy(array) for name, array in self.probe.feed.items()})  # type: ignore[misc]
-        if isinstance(made, torch.Tensor):
-            made = (made,)
-        values = [value for value in (made.values() if hasattr(made, "values") else made) if value is not None]
         names = [str(value.name) for value in self.dense.graph.outputs]
-        return {name: value.numpy() for name, value in zip(names, values, strict=False)}
+        if isinstance(made, Mapping) and set(names) <= made.keys():
+            return {name: made[name].numpy() for name in names}
+        every = [made] if isinstance(made, torch.Tensor) else made.values() if isinstance(made, Mapping) else made
+        return {n: v.numpy() for n, v in zip(names, (v for v in every if v is not None), strict=False)}
 
     def rewrite(self) -> Check:
         """D = C: the twin with the graph's choices forced, tight; its own choices, within the margin of the cut."""
