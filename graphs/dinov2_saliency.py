@@ -81,7 +81,7 @@ def examples() -> dict[str, np.ndarray]:
 def torch_module(file: Path | None = None) -> torch.nn.Module:
     """The same model in PyTorch: transformers' Dinov2Model and the head, with the weights of the ONNX file.
 
-    ``module(input_image)`` gives ``[B, 1, 224, 224]``; ``module.backbone`` is the Dinov2Model.
+    ``module(input_image)["output_importance"]`` is the heat map; ``module.backbone`` is the Dinov2Model.
 
     Raises:
         InputError: the file has not the tensors that the architecture needs.
@@ -112,10 +112,10 @@ def torch_module(file: Path | None = None) -> torch.nn.Module:
             self.backbone = Dinov2Model(config)
             self.decoder = Head()
 
-        def forward(self, input_image: torch.Tensor) -> torch.Tensor:
+        def forward(self, input_image: torch.Tensor) -> dict[str, torch.Tensor]:
             tokens = self.backbone(input_image).last_hidden_state[:, 1:]  # [B, 256, 384]
             side = SIZE // 14
-            return self.decoder(tokens.transpose(1, 2).reshape(-1, 384, side, side))
+            return {"output_importance": self.decoder(tokens.transpose(1, 2).reshape(-1, 384, side, side))}
 
     with quiet():
         module = Saliency().eval()
