@@ -14,6 +14,8 @@ from trtpass.reduction.options import Budget, ReductionOptions
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trtpass.reduction.scc import Connected
+
 
 @dataclass
 class Row:
@@ -235,3 +237,76 @@ def restore_row(row: Row, cls: int, columns: int) -> Tensor:
             nearest = min(sources, key=lambda m: ((at(m)[0] - y) ** 2 + (at(m)[1] - x) ** 2, m))
             out[n] = row.tokens[row.owner[nearest]]
     return out
+
+
+def components(x: Tensor, tau: float) -> list[list[int]]:
+    """Connected components of ``cos > tau`` of x `[n, E]`, ordered by the member of highest degree, ties to the lowest."""
+    import torch
+
+    unit = torch.nn.functional.normalize(x.float(), dim=-1)
+    near = unit @ unit.T > tau
+    near = near.triu(1) | near.triu(1).T
+    near &= (x != 0).any(1)[:, None] & (x != 0).any(1)[None]  # a zero vector is similar to nothing
+    degree, seen = near.sum(1).tolist(), set[int]()
+    found = []
+    for start in range(len(x)):
+        if start in seen:
+            continue
+        members, frontier = {start}, [start]
+        while frontier:
+            new = set(near[frontier.pop()].nonzero()[:, 0].tolist()) - members
+            members |= new
+            frontier += new
+        seen |= members
+        found.append((max(members, key=lambda i: (degree[i], -i)), sorted(members)))
+    return [members for _, members in sorted(found)]
+
+
+def connect_row(row: Row, how: Connected, cls: int, forced: Tensor | None) -> Step:
+    """SCC on one row; ``forced``: the label of each unprotected token `[n]`, which takes the place of its own."""
+    import torch
+
+    x = row.tokens[cls:]
+    room = (len(x) * how.permille + 999) // 1000
+
+    def means(of: Tensor, groups: list[list[int]]) -> Tensor:
+        return torch.stack([of[members].mean(0) for members in groups])
+
+    def best(of: Tensor, among: Tensor) -> Tensor:
+        unit, other = (torch.nn.functional.normalize(t, dim=-1) for t in (of, among))
+        return (unit @ other.T).argmax(1)
+
+    if how.group:
+        spans = [list(range(start, min(start + how.group, len(x)))) for start in range(0, len(x), how.group)]
+        first = [[span[i] for i in members] for span in spans for members in components(x[span], how.tau)]
+        reps = means(x, first)
+        tokens = means(reps, components(reps, how.tau))[:room]
+        label = best(x, tokens)
+        own = label
+        label = label if forced is None else forced.long()
+        total = tokens.clone().index_add_(0, label, x)
+        size = torch.zeros(len(tokens)).index_add_(0, label, torch.ones(len(x)))
+        tokens = total / (1 + size)[:, None]
+    else:
+        parts = components(x, how.tau)
+        label = torch.empty(len(x), dtype=torch.long)
+        for number, members in enumerate(parts):
+            label[members] = number
+        own = label
+        label = label if forced is None else forced.long()
+        parts = [(label == number).nonzero()[:, 0].tolist() for number in range(int(label.max()) + 1)]
+        tokens = means(x, parts[:room])
+        size = torch.tensor([float(len(members)) for members in parts[:room]])
+        late = (label >= room).nonzero()[:, 0]
+        if len(late):
+            label = label.clone()
+            label[late] = best(x[late], tokens)
+            total = (tokens * size[:, None]).index_add_(0, label[late], x[late])
+            size = size.index_add_(0, label[late], torch.ones(len(late)))
+            tokens = total / size[:, None]
+    owner = torch.cat([torch.arange(cls), label + cls])
+    made = Row(
+        torch.cat([row.tokens[:cls], tokens]), torch.cat([torch.ones(cls), size]), torch.zeros(len(tokens) + cls), owner
+    )
+    none = torch.zeros(len(row.tokens))
+    return Step(made, none, none, own[:, None])

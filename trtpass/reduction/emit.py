@@ -78,6 +78,10 @@ class Emitter:
         name = f"reduction.{np.dtype(dtype).name}_{value}".replace("-", "m")
         return constant(self.graph, name, np.array(value, dtype))
 
+    def array(self, name: str, values: np.ndarray) -> ir.Value:
+        """A constant of this site."""
+        return constant(self.graph, f"{self.label}.{name}", values)
+
     def take(self) -> list[ir.Node]:
         """The nodes made since the last call."""
         made, self.nodes = self.nodes, []

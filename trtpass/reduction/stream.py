@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from trtpass.errors import AnchorError
@@ -50,10 +51,10 @@ def open_stream(emit: Emitter, tokens: ir.Value, cls: int) -> Stream:
     both = emit.node("Shape", [tokens], "shape", I64, [2], start=0, end=2)
     rows = emit.node("Shape", [tokens], "batch", I64, [1], start=0, end=1)
     count = emit.node("Squeeze", [emit.node("Shape", [tokens], "length", I64, [1], start=1, end=2)], "count", I64, [])
-    wide = emit.node("Range", [emit.scalar(0, _i64()), count, emit.scalar(1, _i64())], "range64", I64, [length])
+    wide = emit.node("Range", [emit.scalar(0, np.int64), count, emit.scalar(1, np.int64)], "range64", I64, [length])
     index = emit.node("Cast", [wide], "range", I32, [length], to=int(I32))
     place = emit.node("Expand", [index, both], "place", I32, [batch, length])
-    leading = emit.node("Less", [wide, emit.scalar(cls, _i64())], "leading", ir.DataType.BOOL, [length])
+    leading = emit.node("Less", [wide, emit.scalar(cls, np.int64)], "leading", ir.DataType.BOOL, [length])
     leading32 = emit.node("Cast", [leading], "leading32", I32, [length], to=int(I32))
     return Stream(
         tokens=tokens,
@@ -68,12 +69,6 @@ def open_stream(emit: Emitter, tokens: ir.Value, cls: int) -> Stream:
             "Expand", [emit.node("Cast", [count], "count32", I32, [], to=int(I32)), rows], "lengths", I32, [batch]
         ),
     )
-
-
-def _i64() -> type:
-    import numpy as np
-
-    return np.int64
 
 
 def gathered(emit: Emitter, value: ir.Value, index: ir.Value, role: str, size: Any) -> ir.Value:
@@ -100,10 +95,9 @@ def key_bias(emit: Emitter, stream: Stream, sizes: bool, pads: bool) -> ir.Value
         bias = emit.node("Sub", [stream.size, stream.size], "no_bias", F32, [batch, length])
     if pads:
         count = emit.node("Unsqueeze", [stream.lengths, emit.ints(1)], "lengths_column", I32, [batch, 1])
-        ones = emit.node("Sub", [stream.place, stream.place], "zero_place", I32, [batch, length])
-        one = emit.node("Cast", [emit.scalar(1.0)], "one", I32, [], to=int(I32))
-        step = emit.node("Add", [ones, one], "one_place", I32, [batch, length])
-        order = emit.node("CumSum", [step, emit.scalar(1, _i64())], "order", I32, [batch, length], exclusive=1)
+        zero = emit.node("Sub", [stream.place, stream.place], "zero_place", I32, [batch, length])
+        step = emit.node("Add", [zero, emit.scalar(1, np.int32)], "one_place", I32, [batch, length])
+        order = emit.node("CumSum", [step, emit.scalar(1, np.int64)], "order", I32, [batch, length], exclusive=1)
         real = emit.node("Less", [order, count], "real", ir.DataType.BOOL, [batch, length])
         bias = emit.node("Where", [real, bias, emit.scalar(HIDDEN)], "padded_bias", F32, [batch, length])
     keys = emit.node("Unsqueeze", [bias, emit.ints(1, 2)], "key_bias", F32, [batch, 1, 1, length])

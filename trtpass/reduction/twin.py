@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from trtpass.passes.stream_pass import Plan, StreamOptions
 
 
+FORCED = ("keep", "target")  # choices that another side may make
+
+
 @dataclass
 class EncoderRun:
     """Outputs of an encoder by name, and by layer what its sites chose: ``score``, ``keep`` `[B, S]`, ``target``
@@ -117,9 +120,7 @@ class EncoderTwin:
         selections: dict[int, dict[str, np.ndarray]] = {}
 
         def attend(_: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **__: Any) -> Any:
-            bias = None
-            if state and self.options.weighs_keys:
-                bias = torch.stack([row.size for row in state["rows"]]).log()[:, None, None, :]
+            bias = self._bias(state["rows"], k.shape[2]) if state else None
             seen.update(q=q, k=k, scale=torch.tensor(scaling))
             out = torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, scale=scaling, enable_gqa=True
@@ -168,11 +169,10 @@ class EncoderTwin:
             row.tokens = tokens
             given = None
             if forced is not None:
-                keep = torch.from_numpy(np.array(forced[layer]["keep"][b]))
-                target = None
-                if "target" in forced[layer]:
-                    dropped = int((keep == 0).sum())
-                    target = torch.from_numpy(np.array(forced[layer]["target"][b])).long().reshape(dropped, -1)
+                chosen = {r: torch.from_numpy(np.array(a[b])) for r, a in forced[layer].items() if r in FORCED}
+                keep, target = chosen.get("keep"), chosen.get("target")
+                if keep is not None and target is not None:
+                    target = target.long().reshape(int((keep == 0).sum()), -1)
                 given = (keep, target)
             steps.append(
                 self.step(row, seen["q"][b], seen["k"][b], float(seen["scale"]), self.budgets[layer], self.plan, given)
@@ -186,7 +186,19 @@ class EncoderTwin:
             selections[layer]["target"] = torch.stack(
                 [s.target.reshape(-1) for s in steps if s.target is not None]
             ).numpy()
-        return torch.stack([step.row.tokens for step in steps])
+        return torch.nn.utils.rnn.pad_sequence([step.row.tokens for step in steps], batch_first=True)
+
+    def _bias(self, rows: Sequence[Row], length: int) -> Tensor | None:
+        """A mask `[B, 1, 1, S]` on keys: sizes where they count, and the padding of shorter rows."""
+        import torch
+
+        counts = [len(row.size) for row in rows]
+        if not self.options.weighs_keys and min(counts) == length:
+            return None
+        bias = torch.full((len(rows), length), -1e30)
+        for b, row in enumerate(rows):
+            bias[b, : counts[b]] = row.size.log() if self.options.weighs_keys else 0.0
+        return bias[:, None, None, :]
 
 
 def _named(made: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
