@@ -77,7 +77,7 @@ def wrong_rows(rng: Rng, given: Request) -> Request:
     if kind == 2:
         return unreal_floats(rng, given, 0, 1, 2)
     at = int(rng.choice([3, 4]))
-    return replaced(given, at, some(rng, given.inputs[at], *FAR, share=0.6), "rows or lengths far out")
+    return replaced(given, at, some(rng, given.inputs[at], *FAR, share=0.6), "rows or lengths far out", True)
 
 
 def keep(rng: Rng) -> Request:

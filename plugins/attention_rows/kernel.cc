@@ -35,21 +35,29 @@ void add_weights(float* sums, const float* weights, std::int64_t limit, float fa
     store(sums + j, (first ? Vec{} : load(sums + j)) + load(weights + j) * factor);
 }
 
-TRTPASS_INLINE float dot(const float* query, const char* key, Type type, std::int64_t depth) {
+// to[0, kLanes) = products of a query, with zeros up to a whole vector, and kLanes keys: a sum a lane of each, which one
+// transpose turns into a lane a key.
+TRTPASS_INLINE void multiply(float* to, const float* query, const char* const (&keys)[kLanes], Type type,
+                             std::int64_t depth) {
   const auto bytes = static_cast<std::int64_t>(bytes_of(type));
-  Vec sums[2] = {};
+  Vec sums[kLanes] = {};
   std::int64_t d = 0;
-  for (; d + 2 * kLanes <= depth; d += 2 * kLanes) {
-    sums[0] += load(query + d) * load_as(key + d * bytes, type);
-    sums[1] += load(query + d + kLanes) * load_as(key + (d + kLanes) * bytes, type);
+  for (; d + kLanes <= depth; d += kLanes) {
+    const Vec part = load(query + d);
+#pragma GCC unroll 16
+    for (int l = 0; l < kLanes; ++l) sums[l] += part * load_as(keys[l] + d * bytes, type);
   }
-  for (; d + kLanes <= depth; d += kLanes) sums[0] += load(query + d) * load_as(key + d * bytes, type);
-  if (d < depth) {
+  for (int l = 0; l < kLanes && d < depth; ++l) {
     float tail[kLanes] = {};
-    read_row(tail, key + d * bytes, type, depth - d);
-    sums[1] += load(query + d) * load(tail);
+    read_row(tail, keys[l] + d * bytes, type, depth - d);
+    sums[l] += load(query + d) * load(tail);
   }
-  return sum(sums[0] + sums[1]);
+  transpose(sums);
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int l = 0; l < half; ++l) sums[l] += sums[l + half];
+  store(to, sums[0]);
 }
 
 struct Rows {
@@ -94,9 +102,12 @@ void few_rows(Call& call, const Rows& all, Tensor& prob) {
       zero_row(queries + r * wide, Type::float32, wide);
       if (limits[r] > 0) all.read_query(queries + r * wide, b, h, r);
     }
-    for (std::int64_t j = 0; j < most; ++j)
+    for (std::int64_t j = 0; j < most; j += kLanes) {
+      const char* keys[kLanes];  // behind the last one that is seen, the last one again
+      for (std::int64_t l = 0; l < kLanes; ++l) keys[l] = all.key(b, h, j + l < most ? j + l : most - 1);
       for (std::int64_t r = 0; r < all.rows; ++r)
-        scores[r * all.padded + j] = dot(queries + r * wide, all.key(b, h, j), all.k.type, all.depth);
+        multiply(scores + r * all.padded + j, queries + r * wide, keys, all.k.type, all.depth);
+    }
     for (std::int64_t r = 0; r < all.rows; ++r)
       totals[unit * all.rows + r] = weigh(scores + r * all.padded, all.bias + b * all.tokens, limits[r]);
   });
