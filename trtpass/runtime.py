@@ -6,7 +6,7 @@ The cache is allocated once per call of ``prefill`` and bound as past and presen
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from trtpass.errors import InputError
+from trtpass.reduction.decoder import DROPPED, SPAN_KEY, Shortened
 from trtpass.sampling import Sampler, Step
 from trtpass.sessions import Source, dtype_of, give_back, open_session, properties, provider_name
 
@@ -30,13 +31,15 @@ class State:
         cache: an OrtValue ``[B, Hkv, capacity, D]`` for every ``past.{i}.key`` and ``past.{i}.value``.
         lengths: int32 ``[B]``, tokens of each row in the cache.
         logits: float ``[B, V]`` after the last token of each row.
-        capacity: slots of a row.
+        capacity: tokens that a row may have.
+        dropped: int32 ``[layers, B]``, tokens of each row that a layer's cache does not hold; None: it holds all.
     """
 
     cache: dict[str, Any]
     lengths: np.ndarray
     logits: np.ndarray
     capacity: int
+    dropped: np.ndarray | None = field(default=None, kw_only=True)
 
 
 class Engine:
@@ -56,11 +59,13 @@ class Engine:
                 f"{', '.join(sorted(self.inputs))} and past.{{i}}.key, past.{{i}}.value",
                 "insert a cache with the cache pass",
             )
+        stated = decode.get_modelmeta().custom_metadata_map
+        self.shortened = Shortened.read(stated.get(SPAN_KEY)) if DROPPED in inputs else None
         self._cache_dtype = dtype_of(inputs[self.cache_inputs[0]].type)
         self._logits_dtype = dtype_of(decode.get_outputs()[0].type)
         slots = self._read_cache(inputs)
-        stated = decode.get_modelmeta().custom_metadata_map.get("trtpass.context", "")
-        limits = [x for x in (context, int(stated) if stated.isdecimal() else None, slots) if isinstance(x, int)]
+        limit = stated.get("trtpass.context", "")
+        limits = [x for x in (context, int(limit) if limit.isdecimal() else None, slots) if isinstance(x, int)]
         self.fixed_capacity: int | None = slots if isinstance(slots, int) else None
         self.context: int | None = min(limits, default=None)
         vocab = decode.get_outputs()[0].shape[-1]
@@ -73,8 +78,9 @@ class Engine:
     def _read_cache(self, inputs: Mapping[str, Any]) -> int | None:
         """Heads and widths of the cache; slots of a row where the graph fixes them."""
         self._cache_shapes = {n: (inputs[n].shape[1], inputs[n].shape[3]) for n in self.cache_inputs}
-        slots = inputs[self.cache_inputs[0]].shape[2]
-        return slots if isinstance(slots, int) else None
+        sizes = {n: inputs[n].shape[2] for n in self.cache_inputs}
+        self._slots = {n: size if isinstance(size, int) else None for n, size in sizes.items()}
+        return max((size for size in self._slots.values() if size is not None), default=None)
 
     @classmethod
     def open(
@@ -139,11 +145,12 @@ class Engine:
         slots = self._capacity(int(lengths.max()), capacity)
         if chunk is not None:
             self._check_chunk(chunk)
-        cache = self._new_cache(len(rows), slots)
+        cache = self._new_cache(lengths, slots)
         state = State(cache, lengths, np.empty((len(rows), self.vocab), np.float32), slots)
         if chunk is None:
-            outputs = self._run(PREFILL, padded(rows, lengths), {"lengths": lengths}, state)
-            state.logits = last(outputs["logits"], lengths)
+            names = () if self.shortened is None else (DROPPED,)
+            outputs = self._run(PREFILL, padded(rows, lengths), {"lengths": lengths}, state, outputs=names)
+            state.logits, state.dropped = last(outputs["logits"], lengths), outputs.get(DROPPED)
             return state
         state.lengths = np.zeros_like(lengths)
         self.append(state, rows, chunk)
@@ -166,6 +173,8 @@ class Engine:
             "lengths": np.ones(batch, np.int32),
             "past_lengths": np.minimum(state.lengths, state.capacity - 1).astype(np.int32),
         }
+        if state.dropped is not None:
+            feeds[DROPPED] = state.dropped
         outputs = self._run(DECODE, ids[:, None], feeds, state)
         state.lengths = state.lengths + moving.astype(np.int32)
         state.logits = outputs["logits"][:, -1].astype(np.float32)
@@ -188,6 +197,8 @@ class Engine:
                 piece = np.asarray([ids[start : start + (chunk or len(ids))]], np.int64)
                 past = np.array([state.lengths[row] + start], np.int32)
                 feeds = {"lengths": np.array([piece.shape[1]], np.int32), "past_lengths": past}
+                if state.dropped is not None:
+                    feeds[DROPPED] = state.dropped[:, row : row + 1]
                 outputs = self._run(DECODE, piece, feeds, state, row)
                 state.logits[row] = last(outputs["logits"], feeds["lengths"])[0]
         state.lengths = state.lengths + counts
@@ -245,7 +256,7 @@ class Engine:
             InputError: as ``prefill``, and for a name that the graph does not have.
         """
         lengths = self._check_rows(rows)
-        state = State(self._new_cache(len(rows), self._capacity(int(lengths.max()), None)), lengths, np.empty(0), 0)
+        state = State(self._new_cache(lengths, self._capacity(int(lengths.max()), None)), lengths, np.empty(0), 0)
         return self._run(PREFILL, padded(rows, lengths), {"lengths": lengths}, state, None, tuple(names))
 
     def _session(self, phase: str, names: tuple[str, ...] = ()) -> Any:
@@ -264,8 +275,11 @@ class Engine:
         state: State,
         row: int | None = None,
         names: tuple[str, ...] = (),
+        outputs: tuple[str, ...] = (),
     ) -> dict[str, np.ndarray]:
-        """One call with the cache bound as past and present; ``row`` binds that row of it alone, as a batch of one."""
+        """One call with the cache bound as past and present; ``row`` binds that row of it alone, as a batch of one.
+
+        ``names`` are values inside the graph and ``outputs`` its own, wanted beside ``logits``."""
         session = self._session(phase, names)
         binding = session.io_binding()
         for name, array in {"input_ids": ids, **feeds}.items():
@@ -278,7 +292,7 @@ class Engine:
             where = (value.device_name(), 0, self._cache_dtype, shape, address)
             binding.bind_input(name, *where)
             binding.bind_output(name.replace("past.", "present.", 1), *where)
-        wanted = tuple(dict.fromkeys(("logits", *names)))
+        wanted = tuple(dict.fromkeys(("logits", *outputs, *names)))
         for name in wanted:
             binding.bind_output(name, "cpu")
         self._run_bound(phase, binding, names)
@@ -294,15 +308,21 @@ class Engine:
         if phase == PREFILL:
             give_back()
 
-    def _new_cache(self, batch: int, slots: int) -> dict[str, Any]:
-        """Zeros: a slot never written must not hold a NaN, which would pass through a masked product."""
+    def _new_cache(self, lengths: np.ndarray, slots: int) -> dict[str, Any]:
+        """Zeros: a slot never written must not hold a NaN, which would pass through a masked product.
+
+        A layer has fewer slots where every prompt, of ``lengths [B]``, leaves tokens out of it."""
         import onnxruntime as ort
 
         device = "cuda" if self.provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider") else "cpu"
-        return {
-            name: ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, slots, width), self._cache_dtype), device, 0)
-            for name, (heads, width) in self._cache_shapes.items()
-        }
+        gone = () if self.shortened is None else self.shortened.spared(lengths)
+        spared = {f"past.{i}.{role}": count for i, count in enumerate(gone) for role in ("key", "value")}
+        made = {}
+        for name, (heads, width) in self._cache_shapes.items():
+            own = self._slots[name] or slots - spared.get(name, 0)
+            zeros = np.zeros((len(lengths), heads, own, width), self._cache_dtype)
+            made[name] = ort.OrtValue.ortvalue_from_numpy(zeros, device, 0)
+        return made
 
     def _capacity(self, longest: int, asked: int | None) -> int:
         default = self.context if self.context is not None else longest + DEFAULT_HEADROOM
@@ -324,6 +344,8 @@ class Engine:
             )
         for row_ids in rows:
             self._check_ids(np.asarray(row_ids, np.int64))
+        if self.shortened is not None:
+            self.shortened.check(lengths)
         return lengths
 
     def _check_step(

@@ -21,6 +21,7 @@ from trtpass.ir import add_input, constant, dims, is_op, make_node
 from trtpass.op import DOMAIN
 from trtpass.passes import Pass, PassResult, Site
 from trtpass.passes.logits import LastLogits
+from trtpass.reduction.decoder import DROPPED, SPAN_KEY, Shortened
 
 PHASES = ("prefill", "decode")
 BATCH, TOKENS, CAPACITY = "batch", "tokens", "capacity"
@@ -31,6 +32,7 @@ _COUNTERS = ("Range", "CumSum", "NonZero")
 @dataclass(frozen=True)
 class CacheOptions:
     """``phase``: prefill or decode. ``capacity``: slots a row (None: symbolic). ``logits``: ``last`` or ``all`` tokens.
+    ``shortened``: of a graph whose later layers hold fewer tokens.
 
     Raises:
         InputError: another phase, another kind of logits, or a capacity below 1.
@@ -39,6 +41,7 @@ class CacheOptions:
     phase: str = "decode"
     capacity: int | None = None
     logits: str = "last"
+    shortened: Shortened | None = None
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:
@@ -93,8 +96,14 @@ class InsertCache(Pass):
             raise AnchorError("no token input was found")
         name_dims(graph, ids)
         sites = list(cache_sites(graph))
+        if options.shortened is not None and options.shortened.layers != len(sites):
+            raise AnchorError(
+                f"the graph was shortened as one of {options.shortened.layers} layers and has {len(sites)} attentions"
+            )
         lengths = add_input(graph, "lengths", ir.DataType.INT32, [BATCH])
         order = [ids, lengths]
+        writes: list[ir.Value] = []  # where each layer writes [batch], and in decode the slots that it then sees
+        visible: list[ir.Value] = []
         head = next(iter(graph))
         if options.phase == "decode":
             past_lengths = add_input(graph, "past_lengths", ir.DataType.INT32, [BATCH])
@@ -102,23 +111,29 @@ class InsertCache(Pass):
             write = make_node("Cast", [past_lengths], [("cache.write", ir.DataType.INT64, [BATCH])],
                               {"to": int(ir.DataType.INT64)})  # fmt: skip
             tokens = make_node("Shape", [ids], [("cache.tokens", ir.DataType.INT64, [1])], {"start": 1, "end": 2})
-            visible = make_node("Add", [write.outputs[0], tokens.outputs[0]],
-                                [("cache.visible", ir.DataType.INT64, [BATCH])])  # fmt: skip
-            graph.insert_before(head, [write, tokens, visible])
+            graph.insert_before(head, [write, tokens])
+            held = _held(graph, head, write.outputs[0], options.shortened, order)
+            seen = {value: make_node("Add", [value, tokens.outputs[0]],
+                                     [(f"cache.visible{'' if i == 0 else i}", ir.DataType.INT64, [BATCH])])
+                    for i, value in enumerate(dict.fromkeys(held or [write.outputs[0]]))}  # fmt: skip
+            graph.insert_before(head, list(seen.values()))
+            writes = held or [write.outputs[0]] * len(sites)
+            visible = [seen[value].outputs[0] for value in writes]
             offset_positions(graph, anchors, write.outputs[0])
         else:
             size = make_node("Shape", [lengths], [("cache.batch", ir.DataType.INT64, [1])])
             write = make_node("ConstantOfShape", [size.outputs[0]], [("cache.write", ir.DataType.INT64, [BATCH])],
                               {"value": ir.tensor(np.zeros(1, np.int64))})  # fmt: skip
             graph.insert_before(head, [size, write])
+            writes = [write.outputs[0]] * len(sites)
         made: list[ir.Value] = []
         report: list[Site] = []
         for layer, site in enumerate(sites):
             presents = []
             for role, fresh in (("key", site.k), ("value", site.v)):
-                shape = _cache_shape(fresh, layer, role, options.capacity)
+                shape = _cache_shape(fresh, layer, role, _capacity(options, layer))
                 past = add_input(graph, f"past.{layer}.{role}", fresh.dtype or ir.DataType.FLOAT, shape)
-                scatter = make_node("TensorScatter", [past, fresh, write.outputs[0]],
+                scatter = make_node("TensorScatter", [past, fresh, writes[layer]],
                                     [(f"present.{layer}.{role}", fresh.dtype, shape)], {"axis": 2})  # fmt: skip
                 graph.insert_before(site.node, scatter)
                 order.append(past)
@@ -127,7 +142,7 @@ class InsertCache(Pass):
                 site.node.replace_input_with(1, presents[0])
                 site.node.replace_input_with(2, presents[1])
                 site.node.resize_inputs(7)
-                site.node.replace_input_with(6, visible.outputs[0])
+                site.node.replace_input_with(6, visible[layer])
             made += presents
             report.append(Site(layer, {"key": str(presents[0].name), "value": str(presents[1].name)}))
         if options.logits == "last":
@@ -142,7 +157,13 @@ class InsertCache(Pass):
 
 
 def insert_cache(
-    model: ir.Model, phase: str, *, capacity: int | None = None, logits: str = "last", context: int | None = None
+    model: ir.Model,
+    phase: str,
+    *,
+    capacity: int | None = None,
+    logits: str = "last",
+    context: int | None = None,
+    shortened: str | None = None,
 ) -> ir.Model:
     """A copy of ``model`` with a cache; the weights are shared with it, not copied.
 
@@ -152,6 +173,8 @@ def insert_cache(
         capacity: slots of a row; None leaves it symbolic.
         logits: ``last`` or ``all``.
         context: the most tokens that the model is made for, kept as the graph's property ``trtpass.context``.
+        shortened: for decode, the property ``trtpass.span`` of the rewritten graph, if it has one: a layer behind a
+            site holds fewer tokens, and the graph has an input ``dropped`` int32 `[layers, batch]` for how many.
 
     Raises:
         AnchorError: a layer that is not causal, or positions that cannot be moved on by the cache's length.
@@ -162,8 +185,42 @@ def insert_cache(
             copy.metadata_props.setdefault(key, value)
     if context is not None:
         copy.metadata_props["trtpass.context"] = str(context)
-    InsertCache(CacheOptions(phase, capacity, logits))(copy)
+    if shortened is not None:
+        copy.metadata_props[SPAN_KEY] = shortened
+    record = Shortened.read(copy.metadata_props.get(SPAN_KEY))
+    InsertCache(CacheOptions(phase, capacity, logits, record))(copy)
     return copy
+
+
+def _held(
+    graph: ir.Graph, head: ir.Node, past: ir.Value, shortened: Shortened | None, order: list[ir.Value]
+) -> list[ir.Value]:
+    """Tokens that the cache of each layer holds, int64 `[batch]`: ``past`` less row i of the input ``dropped``, which is
+    added to ``order``. Layers between two sites share one value; empty where no layer holds fewer."""
+    if shortened is None:
+        return []
+    given = add_input(graph, DROPPED, ir.DataType.INT32, [shortened.layers, BATCH])
+    order.append(given)
+    held, starts = [past] * shortened.layers, {cut.layer for cut in shortened.cuts}
+    for start in sorted(starts):
+        row = constant(graph, f"cache.layer{start}", np.array(start, np.int64))
+        gone = make_node("Gather", [given, row], [(f"cache.dropped{start}", ir.DataType.INT32, [BATCH])], {"axis": 0})
+        wide = make_node("Cast", gone.outputs, [(f"cache.dropped64_{start}", ir.DataType.INT64, [BATCH])],
+                         {"to": int(ir.DataType.INT64)})  # fmt: skip
+        left = make_node("Sub", [past, wide.outputs[0]], [(f"cache.write{start}", ir.DataType.INT64, [BATCH])])
+        graph.insert_before(head, [gone, wide, left])
+        held[start:] = [left.outputs[0]] * (shortened.layers - start)
+    return held
+
+
+def _capacity(options: CacheOptions, layer: int) -> int | str:
+    """Slots of a row in a layer, a size or its name. A fixed size leaves out what the shortest allowed prompt drops."""
+    if options.shortened is None:
+        return CAPACITY if options.capacity is None else options.capacity
+    start = max((cut.layer for cut in options.shortened.cuts if cut.layer <= layer), default=0)
+    if options.capacity is None:
+        return CAPACITY if start == 0 else f"{CAPACITY}{start}"
+    return options.capacity - options.shortened.spared([options.shortened.least])[layer]
 
 
 def cache_sites(graph: ir.Graph) -> Iterator[CacheSite]:
@@ -182,14 +239,14 @@ def cache_sites(graph: ir.Graph) -> Iterator[CacheSite]:
             yield CacheSite(node, k, v)
 
 
-def _cache_shape(fresh: ir.Value, layer: int, role: str, capacity: int | None) -> list[Any]:
+def _cache_shape(fresh: ir.Value, layer: int, role: str, capacity: int | str) -> list[Any]:
     """``[batch, Hkv, capacity, D]`` from the fresh keys or values ``[B, Hkv, S, D]``."""
     shape = dims(fresh)
     if shape is None or len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
         raise AnchorError(
             f"layer {layer}: the {role} '{fresh.name}' has shape {shape}", "[B, Hkv, S, D], fixed Hkv and D"
         )
-    return [BATCH, shape[1], CAPACITY if capacity is None else capacity, shape[3]]
+    return [BATCH, shape[1], capacity, shape[3]]
 
 
 def name_dims(graph: ir.Graph, ids: ir.Value) -> None:
