@@ -12,6 +12,7 @@ import fuzz_attention
 import fuzz_merging
 import fuzz_pages
 import fuzz_reduction_a
+import fuzz_reduction_b
 import fuzz_selection
 import numpy as np
 from fuzz_values import Request, Rng
@@ -39,6 +40,10 @@ GENERATORS: dict[str, tuple[Valid, Invalid]] = {
     "KeepTokens": (fuzz_reduction_a.keep, fuzz_reduction_a.wrong_keep),
     "IndexTokens": (fuzz_reduction_a.index, fuzz_reduction_a.wrong_keep),
     "BipartiteFilter": (fuzz_reduction_a.even_odd, fuzz_reduction_a.wrong_even_odd),
+    "FicocoFilter": (fuzz_reduction_b.redundancy, fuzz_reduction_b.wrong_redundancy),
+    "FicocoCorrelate": (fuzz_reduction_b.correlate, fuzz_reduction_b.wrong_correlate),
+    "TrackTokens": (fuzz_reduction_b.track, fuzz_reduction_b.wrong_track),
+    "RestoreTokens": (fuzz_reduction_b.restore, fuzz_reduction_b.wrong_restore),
 }
 
 

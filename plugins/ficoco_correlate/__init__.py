@@ -12,6 +12,8 @@ from trtpass.op import FLOAT32, INT32, Case, Port, Tolerance, op
 if TYPE_CHECKING:
     from torch import Tensor
 
+MOST = 1e30  # of an affinity
+
 
 def targets(d: SimpleNamespace, a: SimpleNamespace) -> Any:
     """T, K targets for each dropped token: one more than the columns but one, less the eps of them, rounded up.
@@ -47,8 +49,8 @@ def ficoco_correlate(
 
     Each of the M dropped tokens joins the ``k = t - ceil(eps (t - 1))`` columns of its highest affinity, ``eps =
     eps_permille / 1000``: those from the linear quantile eps of the columns on, where values differ. The weight of a
-    column is its affinity over the sum of the k, or 1 / k where that sum is not a positive finite number. Affinities
-    are clipped to +-1.7e38 (half of the largest float32), and NaN is the lowest. ``T = M K``: K is the k of C columns.
+    column is its affinity over the sum of the k, or 1 / k where that sum is not above 0. Affinities are clipped to
+    +-1e30, so that no sum overflows, and NaN is the lowest. ``T = M K``: K is the k of C columns.
 
     Args:
         affinity: of the dropped token m to the token s `[B, M, S]`.
@@ -73,18 +75,17 @@ def ficoco_correlate(
     each = slots - ((slots - 1) * eps_permille + 999) // 1000
     target = torch.full((batch, dropped, each), slots, dtype=torch.int32, device=affinity.device)
     weight = torch.zeros(batch, dropped, each, device=affinity.device)
-    largest = torch.finfo(torch.float32).max / 2
     for b in range(batch):
         real = (torch.arange(slots, device=index.device) < count[b]) & (index[b] >= 0) & (index[b] < tokens)
         column = real.nonzero()[:, 0]
         column = column[candidate[b, index[b, column].long()] != 0]  # [t]
         number = len(column) - ((len(column) - 1) * eps_permille + 999) // 1000  # k
-        value = affinity[b][:, index[b, column].long()].nan_to_num(nan=-largest).clamp(-largest, largest)  # [M, t]
+        value = affinity[b][:, index[b, column].long()].nan_to_num(nan=-MOST).clamp(-MOST, MOST)  # [M, t]
         value, order = value.sort(dim=1, descending=True, stable=True)
         value, order = value[:, :number], order[:, :number]
         target[b, :, :number] = column[order].int()
         total = value.sum(1, keepdim=True)
-        even = ~((total > 0) & total.isfinite())
+        even = total <= 0
         weight[b, :, :number] = torch.where(even, 1 / max(number, 1), value / torch.where(even, 1.0, total))
     return target.flatten(1), weight.flatten(1)
 

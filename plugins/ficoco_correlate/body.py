@@ -10,8 +10,7 @@ from typing import Any
 from onnxscript import BOOL, script
 
 from plugins._body import TRTPASS, Float32, Int32, Int64, op
-from plugins._rows import LARGEST
-from plugins.select_tokens.body import LARGEST as HIGHEST
+from plugins.ficoco_correlate import MOST
 
 Bool: Any = BOOL[...]
 NEVER = float("-inf")
@@ -30,7 +29,7 @@ def weighed(value: Float32, used: Bool, number: Int64) -> Float32:
     """Weights `[B, M, K]` of values; ``used`` `[B, 1, K]`, ``number`` of them `[B, 1, 1]`."""
     real = op.Where(used, value, 0.0)
     total = op.ReduceSum(real, op.Constant(value_ints=[2]))  # [B, M, 1]
-    proper = op.And(total > 0.0, total <= LARGEST)
+    proper = total > 0.0
     even = op.Cast(op.Max(number, op.Constant(value_int=1)), to=1)
     return op.Where(proper, real, op.Cast(used, to=1)) / op.Where(proper, total, even)
 
@@ -50,7 +49,7 @@ def columns(affinity: Float32, index: Int32, candidate: Int32, count: Int32) -> 
     real = op.And(slot < op.Unsqueeze(count, axis1), token == index)
     column = op.And(joined, real)  # [B, C]
     gathered = op.Transpose(op.GatherND(op.Transpose(affinity, perm=[0, 2, 1]), place, batch_dims=1), perm=[0, 2, 1])
-    finite = op.Clip(op.Where(op.IsNaN(gathered), -HIGHEST, gathered), -HIGHEST, HIGHEST)
+    finite = op.Clip(op.Where(op.IsNaN(gathered), -MOST, gathered), -MOST, MOST)
     value = op.Where(op.Unsqueeze(column, axis1), finite, op.Constant(value_float=NEVER))  # [B, M, C]
     return value, op.ReduceSum(op.Cast(column, to=7), axis1), slot
 

@@ -65,7 +65,7 @@ def ficoco_filter(
             f"FicocoFilter has weight_permille={weight_permille}, coefficient_permille={coefficient_permille}",
             "0 to 1000, and 1 or more",
         )
-    if width < 0 or window < 1 or width * window >= 2**31:
+    if width < 0 or window < 1 or max(width, 1) * window >= 2**31:
         raise InputError(f"FicocoFilter has width={width}, window={window}", "0 or more, 1 or more, product < 2^31")
     weight, coefficient = weight_permille / 1000, coefficient_permille / 1000
     ranked = (torch.arange(prob.shape[2], device=prob.device) < lengths[:, None]) & (protected == 0)  # [B, S]
