@@ -23,6 +23,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from trtpass.errors import InputError
 from trtpass.ir import IR_VERSION, OPSET, tidy
@@ -50,6 +51,9 @@ def canonicalize(model: ir.Model) -> RaiseReport:
         InputError: the opset is older than 13 or cannot be converted to 24.
     """
     _to_opset(model)
+    # Exporters write shared weights behind Identity, and constants as nodes: rules see initializers alone.
+    common.IdentityEliminationPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     counts: Counter[str] = Counter()
     near: list[str] = []
     graph = model.graph
@@ -62,6 +66,7 @@ def canonicalize(model: ir.Model) -> RaiseReport:
         ("attention", attention.raise_decomposed),
         ("grouped", attention.raise_grouped),
         ("rotary", rotary.raise_rotary),
+        ("unmasked", attention.raise_unmasked),
         ("causal", attention.raise_causal),
         ("reshapes", reshapes.raise_reshapes),
     ):
