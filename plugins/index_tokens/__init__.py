@@ -63,7 +63,7 @@ def index_tokens(
     check_budget("IndexTokens", fixed, permille, rounding, drop)
     batch, tokens = keep.shape
     capacity = kept(tokens, fixed, permille, rounding, drop)
-    whole = {"dtype": torch.int32, "device": keep.device}
+    whole: dict[str, Any] = {"dtype": torch.int32, "device": keep.device}
     index = torch.full((batch, capacity), tokens, **whole)
     rest = torch.full((batch, tokens - capacity), tokens, **whole)
     slot = torch.full((batch, tokens), -1, **whole)
