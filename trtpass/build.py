@@ -42,6 +42,7 @@ from trtpass.passes.paged_cache import PAGE
 from trtpass.plans import DTYPES, Plans, Source, write_plans
 from trtpass.plans import TARGETS as PLANS
 from trtpass.progress import Report, silent
+from trtpass.reduction.decoder_pass import SpanMethod
 from trtpass.staging import staged
 from trtpass.variants import sites_of
 
@@ -226,6 +227,12 @@ def _check_pipeline(pipeline: Sequence[Pass]) -> CachePolicy | None:
             f"passes {', '.join(p.name for p in pipeline)} in one engine",
             f"the cache policy {policy.name} alone: no proof covers it beside another method yet",
         )
+    shorter = next((p for p in pipeline if isinstance(p, SpanMethod)), None)
+    if shorter is not None and len(pipeline) > 1:
+        raise InputError(
+            f"passes {', '.join(p.name for p in pipeline)} in one engine",
+            f"{shorter.name} alone: no proof covers it beside another method yet",
+        )
     return policy
 
 
@@ -302,8 +309,12 @@ def probe_for(loaded: Loaded, dense: ir.Model, pipeline: Sequence[Pass]) -> Prob
     """Two rows, long enough that every method prunes (a quarter above its dense limit), of text where there is some."""
     limits = [p.options.min_tokens + p.options.window for p in pipeline if hasattr(p.options, "min_tokens")]
     limits += [2 * p.options.window for p in pipeline if isinstance(p, CachePolicy)]
+    limits += [p.least_tokens for p in pipeline if isinstance(p, SpanMethod)]
     dense_limit = max(*limits, 160) if limits else 160
     longest = min(loaded.context or DEFAULT_CONTEXT, dense_limit + dense_limit // 4 + 8)
+    for step in pipeline:
+        if isinstance(step, SpanMethod):
+            step.check_length(longest - longest // 16, loaded.context or DEFAULT_CONTEXT)
     lengths = np.array([longest, max(longest - longest // 16, 1)], np.int32)
     rows = np.stack([token_row(loaded, dense, longest, seed) for seed in range(2)])
     rows[1, lengths[1] :] = 0
@@ -393,7 +404,7 @@ def _records(pipeline: Sequence[Pass], results: Sequence[PassResult], ladder: La
     records = []
     for step, result in zip(pipeline, results, strict=True):
         layers = [site.layer for site in result.sites]
-        prunes = sites_of([result]) or isinstance(step, CachePolicy)
+        prunes = sites_of([result]) or isinstance(step, (CachePolicy, SpanMethod))
         kept = [ladder.kept[layer] for layer in layers if layer in ladder.kept] if prunes else []
         records.append(
             PassRecord(

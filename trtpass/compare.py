@@ -7,7 +7,8 @@ score within ``MARGIN`` of the cut, relative to it.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,15 @@ def run_onnx(
 
     Only a graph that was lowered has native kernels: a rewritten one is the bodies of its operators.
     """
+    with running(model, folder, threads) as run:
+        return run(feed)
+
+
+@contextmanager
+def running(
+    model: ir.Model, folder: Path, threads: int | None = None
+) -> Iterator[Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]]:
+    """``run_onnx`` for several calls: a function from inputs to outputs."""
     from polygraphy.backend.onnxrt import OnnxrtRunner
     from polygraphy.logger import G_LOGGER
 
@@ -114,7 +124,7 @@ def run_onnx(
     onnx.save_model(ir.to_proto(model), str(path))
     try:
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL), OnnxrtRunner(lambda: session(path, threads, lowered)) as runner:
-            return {name: np.array(value) for name, value in runner.infer(dict(feed)).items()}
+            yield lambda feed: {name: np.array(value) for name, value in runner.infer(dict(feed)).items()}
     finally:
         path.unlink(missing_ok=True)
 
@@ -247,6 +257,10 @@ class Ladder:
             from trtpass.paged_checks import rewrite_check
 
             return rewrite_check(self, policy, self._result(policy))
+        from trtpass import span_checks
+
+        if (shorter := span_checks.shortened_by(self.passes, self.results)) is not None:
+            return span_checks.rewrite_check(self, *shorter)
         if not self.sites:
             return Check.not_run("no token-selecting pass was applied")
         graph = self.rewritten.clone()
@@ -301,6 +315,10 @@ class Ladder:
             from trtpass.paged_checks import engine_check
 
             return engine_check(self, policy, self._result(policy), target, kernels)
+        from trtpass import span_checks
+
+        if (shorter := span_checks.shortened_by(self.passes, self.results)) is not None:
+            return span_checks.engine_check(self, *shorter, target, kernels)
         reference = self.rewritten.clone()
         hidden = expose_hidden(reference)
         LastLogits()(reference)
@@ -319,7 +337,7 @@ class Ladder:
         names = force_selections(lowered, self.sites)
         expose_selections(lowered, self.sites)
         prefill = lower(insert_cache(lowered, "prefill"), target, kernels).model
-        got = self.run(prefill, hidden, {**self._empty(prefill, sequence), **feeds(names, self.sites, expected)})  # type: ignore[dict-item]
+        got = self.run(prefill, hidden, {**self.empty(prefill, sequence), **feeds(names, self.sites, expected)})  # type: ignore[dict-item]
         left = {**_main(got), **{name: self._valid_cache(got[name]) for name in keys}}
         right = {**_main(expected), **{name: self._valid_cache(expected[key]) for name, key in keys.items()}}
         free = disagreement(
@@ -336,7 +354,7 @@ class Ladder:
         LastLogits()(dense)
         expected = run_onnx(dense, self.folder, short.feed(dense))
         decode = lower(insert_cache(self.dense, "decode"), target, kernels).model
-        feed = {**self._empty(decode, count + 8, 1), "past_lengths": np.zeros(1, np.int32), **short.feed(decode)}
+        feed = {**self.empty(decode, count + 8, 1), "past_lengths": np.zeros(1, np.int32), **short.feed(decode)}
         gap = difference(
             {"logits": run_onnx(decode, self.folder, feed)["logits"]}, {"logits": expected["logits"]}, ATOL, RTOL
         )
@@ -374,7 +392,7 @@ class Ladder:
     def _torch(self, run: TorchRun) -> dict[str, np.ndarray]:
         return {"hidden": self.probe.valid(run.hidden), "logits": run.logits}
 
-    def _empty(self, graph: ir.Model, capacity: int, batch: int | None = None) -> dict[str, np.ndarray]:
+    def empty(self, graph: ir.Model, capacity: int, batch: int | None = None) -> dict[str, np.ndarray]:
         """Empty caches of ``capacity`` slots for every ``past`` input of a graph."""
         rows = len(self.probe.lengths) if batch is None else batch
         caches = {}

@@ -19,6 +19,7 @@ from trtpass.passes.lower import Decision, counted
 from trtpass.passes.paged_cache import KIND_KEY, PAGE, PAGE_KEY, PAGED
 from trtpass.plan_process import PlanReport, Profile
 from trtpass.progress import Report
+from trtpass.reduction.decoder import SPAN_KEY
 
 TARGETS = ("tensorrt-rtx", "tensorrt")
 WEIGHTS = {"float16": "weights.fp16.bin", "bfloat16": "weights.bf16.bin"}
@@ -82,8 +83,9 @@ class Source:
     def phases(self, capacity: int | None = None) -> dict[str, ir.Model]:
         """Both phases with their cache, canonical; ``capacity``: tokens of a row where shapes are fixed."""
         if self.policy is None:
+            shorter = self.rewritten.metadata_props.get(SPAN_KEY)
             return {
-                phase: insert_cache(model, phase, capacity=capacity, logits=self.logits)
+                phase: insert_cache(model, phase, capacity=capacity, logits=self.logits, shortened=shorter)
                 for phase, model in (("prefill", self.rewritten), ("decode", self.dense))
             }
         return paged_graphs(self.rewritten, self.dense, self.policy, self.page, self.logits, self.context)

@@ -16,8 +16,10 @@ FORCED = ("index", "count")  # roles that can be forced
 
 
 def sites_of(results: Iterable[PassResult]) -> tuple[Site, ...]:
-    """The sites of all passes that select tokens."""
-    return tuple(site for result in results for site in result.sites if "index" in site.values)
+    """The sites of all passes that select tokens of an attention; where a stream becomes shorter is another matter
+    (``trtpass.encoder_checks.reducing``)."""
+    every = (site for result in results for site in result.sites)
+    return tuple(site for site in every if "index" in site.values and "tokens" not in site.values)
 
 
 def expose(model: ir.Model, names: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ import onnx_ir as ir
 from trtpass.anchors import Anchors, find
 from trtpass.errors import AnchorError, InputError
 from trtpass.ir import check, tidy
+from trtpass.reduction.decoder import SPAN_KEY
 
 WHOLE_PROMPT_KEY = "trtpass.whole_prompt"  # model metadata: the method that is not defined on chunks of a prompt
 
@@ -91,6 +92,11 @@ class Pass(abc.ABC):
 
     def __call__(self, model: ir.Model) -> PassResult:
         anchors = find(model)
+        if self.method and SPAN_KEY in model.metadata_props:
+            raise InputError(
+                f"pass '{self.name}' on a graph whose tokens '{model.metadata_props.get(WHOLE_PROMPT_KEY, '')}' dropped",
+                "one of the two: later layers of that graph have other lengths",
+            )
         self.requires(model, anchors)
         result = self.call(model, anchors)
         if result.modified:

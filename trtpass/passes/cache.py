@@ -195,8 +195,8 @@ def insert_cache(
 def _held(
     graph: ir.Graph, head: ir.Node, past: ir.Value, shortened: Shortened | None, order: list[ir.Value]
 ) -> list[ir.Value]:
-    """Tokens that the cache of each layer holds, int64 `[batch]`: ``past`` less row i of the input ``dropped``, which is
-    added to ``order``. Layers between two sites share one value; empty where no layer holds fewer."""
+    """Tokens that the cache of each layer holds, int64 `[batch]`: ``past`` less row i of the input ``dropped``, which
+    is added to ``order``. Layers between two sites share one value; empty where no layer holds fewer."""
     if shortened is None:
         return []
     given = add_input(graph, DROPPED, ir.DataType.INT32, [shortened.layers, BATCH])

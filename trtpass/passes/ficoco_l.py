@@ -3,9 +3,9 @@
 Between attention and MLP of each chosen layer, in prefill; A is the head mean of the layer's causal attention, N the
 tokens of the span, M those of the text::
 
-    filter     s_i  = beta mean_{j in span} A_ji - (1 - beta) mean_{k in text} A_ki         the highest go
-    correlate  C_ij = gam A_ij + (1 - gam) mean_{k in text} A_ki A_kj                       i dropped, j kept, in the span
-    compress   x_j <- (x_j + sum_i alpha_ij x_i) / (1 + sum_i alpha_ij)                     alpha: shares of the largest C
+    filter     s_i  = beta mean_{j in span} A_ji - (1 - beta) mean_{k in text} A_ki     the highest go
+    correlate  C_ij = gam A_ij + (1 - gam) mean_{k in text} A_ki A_kj                   i dropped, j kept, in the span
+    compress   x_j <- (x_j + sum_i alpha_ij x_i) / (1 + sum_i alpha_ij)                 alpha: shares of the largest C
 
 Text before the span sees nothing of it, so its rows are left out of the sums; M counts it.
 """

@@ -1,7 +1,7 @@
 """What the span methods of decoders compute, in plain torch from the papers' definitions: the law for graphs.
 
-One row at a time, float32, no operator of ``plugins``. Only the P tokens of the prompt are looked at; tokens behind them,
-which were generated, are kept. Ties go to the lowest index everywhere.
+One row at a time, float32, no operator of ``plugins``. Only the P tokens of the prompt are looked at; those behind
+them, which were generated, are kept. Ties go to the lowest index everywhere.
 """
 
 from __future__ import annotations

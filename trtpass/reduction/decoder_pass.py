@@ -127,6 +127,20 @@ class SpanMethod(Pass):
         span = Span.parse(self.options.span, self.name)
         return span.start - span.stop + 64 if span.relative else span.least
 
+    def check_length(self, tokens: int, context: int) -> None:
+        """Raise unless rows of ``tokens``, as many as a check of a model with such a ``context`` may have, reach beyond
+        the span.
+
+        Raises:
+            InputError: they do not.
+        """
+        least = Span.parse(self.options.span, self.name).least if self.options.span != "auto" else 1
+        if tokens < least:
+            raise InputError(
+                f"{self.name}: span={self.options.span} needs {least} tokens and room for more",
+                f"a span that ends well inside the {context} tokens of the model's context",
+            )
+
     def call(self, model: ir.Model, anchors: Anchors) -> PassResult:
         graph, places = model.graph, self.places(model, anchors)
         if not places:

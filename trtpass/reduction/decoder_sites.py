@@ -207,7 +207,6 @@ def ficoco_l(site: SpanSite, options: FicocoLOptions) -> ir.Value:
         "FicocoFilter", [site.map(), cue, site.every_row(), site.protected(), stream.lengths], ["score"], site.sizes(),
         weight_permille=round(options.beta * 1000), width=0, window=2, coefficient_permille=2000,
     )  # fmt: skip
-    site.shared["text_size"] = emit.node("Shape", [text], "text_rows", I64, [1], start=1, end=2)
     site.shared["text_by_key"] = emit.node(
         "Transpose", [text], "text_by_key", F32, [stream.batch, stream.length, count], perm=[0, 2, 1]
     )
@@ -219,7 +218,7 @@ def correlate(
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """FiCoCo-L's joins after its filter: ``target [B, T]``, ``weight [B, T]``, and the token of each entry `[B, T]`."""
     emit, stream, batch = site.emit, site.stream, site.stream.batch
-    text, text_rows_ = site.shared["text"], (dims(site.shared["text"]) or [None] * 3)[1]
+    text = site.shared["text"]
     shape = [batch, site.dropped, stream.length]
     direct = emit.node(
         "Mul", [site.rows(site.map(), rest, "rest_prob", site.dropped), emit.scalar(options.gam)], "direct", F32, shape
@@ -274,7 +273,7 @@ def merged(site: SpanSite, kept: ir.Value, target: ir.Value, weight: ir.Value, s
 
 
 def heirs(site: SpanSite, rest: ir.Value) -> ir.Value:
-    """The kept token before each dropped one, int32 `[B, M]`: where rest[m] = i, i - m - 1 kept tokens and one precede."""
+    """The kept token before each dropped one, int32 `[B, M]`: before rest[m] = i there are i - m of them."""
     emit, shape = site.emit, [site.stream.batch, site.dropped]
     most = emit.node(
         "Squeeze", [emit.node("Shape", [rest], "rest_size", I64, [1], start=1, end=2)], "rest_count", I64, []

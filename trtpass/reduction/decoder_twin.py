@@ -1,7 +1,7 @@
-"""The twin (D) of a decoder that drops tokens of a span: a transformers causal LM, one row at a time and without padding.
+"""The twin (D) of a decoder that drops tokens of a span: a transformers causal LM, a row at a time and without padding.
 
-Layers run as they are, or in two halves with the method between (``trtpass.reduction.twin``); rotations are those of the
-original positions. There is no cache: tokens that were generated are computed again behind their prompt.
+Layers run as they are, or in two halves with the method between (``trtpass.reduction.twin``); rotations are those of
+the original positions. There is no cache: tokens that were generated are computed again behind their prompt.
 """
 
 from __future__ import annotations
