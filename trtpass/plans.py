@@ -19,7 +19,7 @@ from trtpass.passes.lower import Decision, counted
 from trtpass.passes.paged_cache import KIND_KEY, PAGE, PAGE_KEY, PAGED
 from trtpass.plan_process import PlanReport, Profile
 from trtpass.progress import Report
-from trtpass.reduction.decoder import SPAN_KEY
+from trtpass.reduction.decoder import SPAN_KEY, Shortened
 
 TARGETS = ("tensorrt-rtx", "tensorrt")
 WEIGHTS = {"float16": "weights.fp16.bin", "bfloat16": "weights.bf16.bin"}
@@ -74,7 +74,9 @@ class Source:
 
     def profiles(self, phase: str, graph: ir.Model) -> list[Profile]:
         """Whole prompts; or single tokens, and chunks of a long prompt."""
-        return [_profile(graph, tokens, self.context) for tokens in _tokens(phase, self.context)]
+        record = Shortened.read(self.rewritten.metadata_props.get(SPAN_KEY))
+        least = 1 if record is None else record.least
+        return [_profile(graph, tokens, self.context) for tokens in _tokens(phase, self.context, least)]
 
     def graphs(self, lower: Lower) -> dict[str, ir.Model]:
         """Both phases, lowered. The cache has a fixed capacity, as TensorRT needs it."""
@@ -202,10 +204,10 @@ def _built(phase: str, plan: PlanReport) -> str:
     )
 
 
-def _tokens(phase: str, context: int) -> list[tuple[int, int, int]]:
+def _tokens(phase: str, context: int, least: int = 1) -> list[tuple[int, int, int]]:
     """(min, opt, max) tokens of each profile: whole prompts; or single tokens, then chunks of a long prompt."""
     if phase == "prefill":
-        return [(1, min(context, 1024), context)]
+        return [(least, max(least, min(context, 1024)), context)]
     return [(1, 1, 1), (1, 1, min(context, CHUNK))]
 
 

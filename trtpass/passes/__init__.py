@@ -93,8 +93,9 @@ class Pass(abc.ABC):
     def __call__(self, model: ir.Model) -> PassResult:
         anchors = find(model)
         if self.method and SPAN_KEY in model.metadata_props:
+            before = model.metadata_props.get(WHOLE_PROMPT_KEY, "another method")
             raise InputError(
-                f"pass '{self.name}' on a graph whose tokens '{model.metadata_props.get(WHOLE_PROMPT_KEY, '')}' dropped",
+                f"pass '{self.name}' on a graph from which '{before}' drops tokens",
                 "one of the two: later layers of that graph have other lengths",
             )
         self.requires(model, anchors)

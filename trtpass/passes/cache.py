@@ -21,10 +21,11 @@ from trtpass.ir import add_input, constant, dims, is_op, make_node
 from trtpass.op import DOMAIN
 from trtpass.passes import Pass, PassResult, Site
 from trtpass.passes.logits import LastLogits
-from trtpass.reduction.decoder import DROPPED, SPAN_KEY, Shortened
+from trtpass.reduction.decoder import SPAN_KEY, Shortened
+from trtpass.reduction.decoder_cache import BATCH, held_tokens, slots
 
 PHASES = ("prefill", "decode")
-BATCH, TOKENS, CAPACITY = "batch", "tokens", "capacity"
+TOKENS = "tokens"
 # Operators that turn a length into positions: one that is not above rotary embedding would restart at 0 in decode.
 _COUNTERS = ("Range", "CumSum", "NonZero")
 
@@ -97,9 +98,7 @@ class InsertCache(Pass):
         name_dims(graph, ids)
         sites = list(cache_sites(graph))
         if options.shortened is not None and options.shortened.layers != len(sites):
-            raise AnchorError(
-                f"the graph was shortened as one of {options.shortened.layers} layers and has {len(sites)} attentions"
-            )
+            raise AnchorError(f"a graph of {len(sites)} attentions, shortened as one of {options.shortened.layers}")
         lengths = add_input(graph, "lengths", ir.DataType.INT32, [BATCH])
         order = [ids, lengths]
         writes: list[ir.Value] = []  # where each layer writes [batch], and in decode the slots that it then sees
@@ -112,7 +111,7 @@ class InsertCache(Pass):
                               {"to": int(ir.DataType.INT64)})  # fmt: skip
             tokens = make_node("Shape", [ids], [("cache.tokens", ir.DataType.INT64, [1])], {"start": 1, "end": 2})
             graph.insert_before(head, [write, tokens])
-            held = _held(graph, head, write.outputs[0], options.shortened, order)
+            held = held_tokens(graph, head, write.outputs[0], options.shortened, order)
             seen = {value: make_node("Add", [value, tokens.outputs[0]],
                                      [(f"cache.visible{'' if i == 0 else i}", ir.DataType.INT64, [BATCH])])
                     for i, value in enumerate(dict.fromkeys(held or [write.outputs[0]]))}  # fmt: skip
@@ -131,7 +130,7 @@ class InsertCache(Pass):
         for layer, site in enumerate(sites):
             presents = []
             for role, fresh in (("key", site.k), ("value", site.v)):
-                shape = _cache_shape(fresh, layer, role, _capacity(options, layer))
+                shape = _cache_shape(fresh, layer, role, slots(options.shortened, options.capacity, layer))
                 past = add_input(graph, f"past.{layer}.{role}", fresh.dtype or ir.DataType.FLOAT, shape)
                 scatter = make_node("TensorScatter", [past, fresh, writes[layer]],
                                     [(f"present.{layer}.{role}", fresh.dtype, shape)], {"axis": 2})  # fmt: skip
@@ -157,14 +156,9 @@ class InsertCache(Pass):
 
 
 def insert_cache(
-    model: ir.Model,
-    phase: str,
-    *,
-    capacity: int | None = None,
-    logits: str = "last",
-    context: int | None = None,
+    model: ir.Model, phase: str, *, capacity: int | None = None, logits: str = "last", context: int | None = None,
     shortened: str | None = None,
-) -> ir.Model:
+) -> ir.Model:  # fmt: skip
     """A copy of ``model`` with a cache; the weights are shared with it, not copied.
 
     Args:
@@ -190,37 +184,6 @@ def insert_cache(
     record = Shortened.read(copy.metadata_props.get(SPAN_KEY))
     InsertCache(CacheOptions(phase, capacity, logits, record))(copy)
     return copy
-
-
-def _held(
-    graph: ir.Graph, head: ir.Node, past: ir.Value, shortened: Shortened | None, order: list[ir.Value]
-) -> list[ir.Value]:
-    """Tokens that the cache of each layer holds, int64 `[batch]`: ``past`` less row i of the input ``dropped``, which
-    is added to ``order``. Layers between two sites share one value; empty where no layer holds fewer."""
-    if shortened is None:
-        return []
-    given = add_input(graph, DROPPED, ir.DataType.INT32, [shortened.layers, BATCH])
-    order.append(given)
-    held, starts = [past] * shortened.layers, {cut.layer for cut in shortened.cuts}
-    for start in sorted(starts):
-        row = constant(graph, f"cache.layer{start}", np.array(start, np.int64))
-        gone = make_node("Gather", [given, row], [(f"cache.dropped{start}", ir.DataType.INT32, [BATCH])], {"axis": 0})
-        wide = make_node("Cast", gone.outputs, [(f"cache.dropped64_{start}", ir.DataType.INT64, [BATCH])],
-                         {"to": int(ir.DataType.INT64)})  # fmt: skip
-        left = make_node("Sub", [past, wide.outputs[0]], [(f"cache.write{start}", ir.DataType.INT64, [BATCH])])
-        graph.insert_before(head, [gone, wide, left])
-        held[start:] = [left.outputs[0]] * (shortened.layers - start)
-    return held
-
-
-def _capacity(options: CacheOptions, layer: int) -> int | str:
-    """Slots of a row in a layer, a size or its name. A fixed size leaves out what the shortest allowed prompt drops."""
-    if options.shortened is None:
-        return CAPACITY if options.capacity is None else options.capacity
-    start = max((cut.layer for cut in options.shortened.cuts if cut.layer <= layer), default=0)
-    if options.capacity is None:
-        return CAPACITY if start == 0 else f"{CAPACITY}{start}"
-    return options.capacity - options.shortened.spared([options.shortened.least])[layer]
 
 
 def cache_sites(graph: ir.Graph) -> Iterator[CacheSite]:
