@@ -17,15 +17,16 @@ import pytest
 
 from tests.tiny import decoder
 from tests.tiny_vit import vit
-from trtpass import encoder_build, encoder_checks, encoder_sites, io, rtx
+from trtpass import encoder_build, encoder_checks, io, rtx
 from trtpass.build import Request, build
-from trtpass.encoder_checks import MARGIN, flips
+from trtpass.encoder_choices import MARGIN, flips
 from trtpass.encoder_engine import EncoderEngine
 from trtpass.encoder_inputs import choices, fix_sizes, noise, symbols
 from trtpass.errors import CheckFailed, InputError
 from trtpass.generate import generate
 from trtpass.manifest import Manifest, render
 from trtpass.passes.lower import Lowered
+from trtpass.reduction import definition
 from trtpass.runtime import Engine
 from trtpass.validate import validate
 
@@ -182,7 +183,7 @@ def test_a_wrong_engine_fails_its_check(copy: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("wrong", ["tokens", "keep"])
 def test_a_site_that_is_not_its_definition_fails(copy: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
-    right = encoder_sites.reduce_row
+    right = definition.reduce_row
 
     def other(*arguments: Any) -> Any:
         step = right(*arguments)
@@ -192,7 +193,7 @@ def test_a_site_that_is_not_its_definition_fails(copy: Path, monkeypatch: pytest
             step.keep = step.keep.flip(0)
         return step
 
-    monkeypatch.setattr(encoder_sites, "reduce_row", other)
+    monkeypatch.setattr(definition, "reduce_row", other)
     checks = validate(copy)
     assert checks.failed == ["rewrite"]
     assert ("outputs differ" if wrong == "tokens" else "from the cut") in checks.rewrite.reason

@@ -21,7 +21,8 @@ from trtpass import io, passes
 from trtpass.anchors import Anchors, find
 from trtpass.build import DENSE, REWRITTEN, WEIGHTS, Job, save_example, write_graph
 from trtpass.compare import run_onnx
-from trtpass.encoder_checks import EncoderLadder, reducing
+from trtpass.encoder_checks import EncoderLadder
+from trtpass.encoder_choices import reducing
 from trtpass.encoder_inputs import (
     Probe,
     checked,
