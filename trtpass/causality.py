@@ -42,6 +42,17 @@ def prove_causal(mask: ir.Value, length: int | str) -> str:
         return f"mask '{mask.name}' was not proved causal: {type(error).__name__} in its formula"
 
 
+def hides_nothing(mask: ir.Value) -> bool:
+    """Whether ``mask``, boolean or additive, is proved to leave every key visible to every query, for all sizes."""
+    try:
+        formula = Interpreter().formula(mask)
+        seen = formula.at([axis(k) for k in range(len(formula.shape))])
+        plain = not is_condition(seen) and not seen.has(sympy.Piecewise)
+        return bool(seen.is_zero) if plain else _visible(seen) is sympy.true
+    except (Unprovable, *NONSENSE):
+        return False
+
+
 def _visible(element: sympy.Basic) -> sympy.Basic:
     """The condition under which a key is visible, from a boolean mask or an additive one."""
     if is_condition(element):

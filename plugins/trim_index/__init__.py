@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 @op(
     name="TrimIndex",
-    source="LLaVA-Scissor, arXiv 2506.21862: the number of components depends on the data",
+    source="LLaVA-Scissor, arXiv 2506.21862, section 3 (how many components there are depends on the data)",
     shape=lambda d, a: {"trimmed": (d.B, d.S)},
-    tolerance=Tolerance(atol={}, rtol={}, reason="integers: indices"),
+    tolerance=Tolerance(atol={}, rtol={}, reason="integers: indices, copied as they are"),
 )
 def trim_index(
     index: Annotated[Tensor, Port("B S", INT32)],

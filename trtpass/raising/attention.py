@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from trtpass.causality import prove_causal
+from trtpass.causality import hides_nothing, prove_causal
 from trtpass.formulas import shape_formula, size_symbols
 from trtpass.ir import const_ints, const_scalar, dims, int_attr, is_op, make_node
 
@@ -37,6 +37,23 @@ def raise_causal(graph: ir.Graph) -> tuple[int, list[str]]:
         node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
         applied += 1
     return applied, near
+
+
+def raise_unmasked(graph: ir.Graph) -> tuple[int, list[str]]:
+    """Drop each mask that is proved to hide nothing, such as the one that exporters make for an encoder."""
+    applied, proofs = 0, dict[int, bool]()
+    for node in graph:
+        if not is_op(node, "Attention") or len(node.inputs) < 4 or (mask := node.inputs[3]) is None:
+            continue
+        if any(v is not None for v in node.inputs[4:]) or int_attr(node, "is_causal", 0):
+            continue
+        if id(mask) not in proofs:
+            proofs[id(mask)] = hides_nothing(mask)
+        if proofs[id(mask)]:
+            node.replace_input_with(3, None)
+            node.resize_inputs(3)
+            applied += 1
+    return applied, []
 
 
 def raise_grouped(graph: ir.Graph) -> tuple[int, list[str]]:
