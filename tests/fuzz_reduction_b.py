@@ -28,7 +28,7 @@ def redundancy(rng: Rng) -> Request:
         "coefficient_permille": int(rng.choice([500, 1000, 2000, 3000])),
     }
     inputs = [prob.astype(np.float32), cue.astype(np.float32), place.astype(np.int32)]
-    return Request([*inputs, protected.astype(np.int32), int32(lengths)], attrs)
+    return Request([*inputs, protected.astype(np.int32), int32(lengths.tolist())], attrs)
 
 
 def wrong_redundancy(rng: Rng, given: Request) -> Request:

@@ -23,7 +23,7 @@ from trtpass.op import Op
 FILTER, CORRELATE, TRACK, RESTORE = (
     all_ops()[name] for name in ("FicocoFilter", "FicocoCorrelate", "TrackTokens", "RestoreTokens")
 )
-ROUNDING = {"rtol": 1e-5, "atol": 1e-6}  # float32 means of fewer than 100 probabilities
+ROUNDING: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}  # float32 means of fewer than 100 probabilities
 drawn = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**20)
 row_lengths = st.lists(st.integers(0, 40), min_size=1, max_size=3).filter(any)
@@ -67,7 +67,7 @@ def test_filter_ranks_by_redundancy_and_spreads_it(
                 cell = place[b, i] // width // window, place[b, i] % width // window
                 windows.setdefault(cell, []).append(i)
         for members in windows.values():
-            best = max(members, key=lambda i: (s[i], -i))
+            best = -max((s[i], -i) for i in members)[1]
             s[best] = s[best] * 3 if s[best] > 0 else s[best] / 3
         expected[b, list(s)] = [-x for x in s.values()]
     inputs = [prob, cue, place, protected.astype(np.int32), int32(lengths)]
@@ -102,7 +102,7 @@ def test_correlate_takes_the_columns_from_the_quantile_on(
         for b, m in np.ndindex(shape[:2]):
             columns = [c for c in range(count[b]) if candidate[b, index[b, c]]]
             values = {c: float(affinity[b, m, index[b, c]]) for c in columns}
-            order = sorted(columns, key=lambda c, v=values: (-v[c], c))
+            order = [c for _, c in sorted((-v, c) for c, v in values.items())]
             joined = target[b, m][target[b, m] < capacity].tolist()
             assert joined == order[: len(joined)]
             assert (target[b, m, len(joined) :] == capacity).all() and not weight[b, m, len(joined) :].any()
@@ -172,7 +172,7 @@ def test_restored_tokens_have_the_row_of_their_owner_or_of_the_nearest(
         if 0 <= owner[b, n] < rows:
             expected[b, n] = x[b, owner[b, n]]
         elif n >= fixed and sources:
-            expected[b, n] = x[b, owner[b, min(sources, key=lambda m, n=n: (distance(n, m), m))]]
+            expected[b, n] = x[b, owner[b, min((distance(n, m), m) for m in sources)[1]]]
     for (made,) in _everywhere(RESTORE, [x, owner], {"fixed": fixed, "width": width}):
         np.testing.assert_array_equal(made, expected)
 
