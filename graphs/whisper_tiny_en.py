@@ -57,10 +57,10 @@ def speech() -> np.ndarray:
     with wave.open(str(file)) as sound:
         rate, frames = sound.getframerate(), sound.readframes(sound.getnframes())
     samples = np.frombuffer(frames, "<i2").astype(np.float32) / 32768
-    return _slower(samples, rate // RATE)
+    return slower(samples, rate // RATE)
 
 
-def _slower(samples: np.ndarray, factor: int) -> np.ndarray:
+def slower(samples: np.ndarray, factor: int) -> np.ndarray:
     """Every ``factor``-th sample after a low pass: a sinc of 16 zero crossings a side in a Hann window."""
     reach = 16 * factor
     at = np.arange(-reach, reach + 1)

@@ -44,7 +44,7 @@ class Multimodal:
 
 
 def placed(ids: torch.Tensor, embeds: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """``embeds [B, S, E]`` with row n of ``features [N, E]`` at the n-th place of the batch that holds an image token."""
+    """``embeds [B, S, E]`` with row n of ``features [N, E]`` at the n-th image token of the batch."""
     mask = ids == IMAGE_TOKEN
     which = (mask.flatten().to(torch.int64).cumsum(0) - 1).clamp(min=0).reshape(ids.shape)  # [B, S]
     return torch.where(mask[..., None], features[which], embeds)
