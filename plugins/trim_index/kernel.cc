@@ -4,7 +4,6 @@
 #include "call.h"
 
 using namespace trtpass;
-using namespace trtpass::TRTPASS_ISA;
 
 TRTPASS_KERNEL(trim_index) {
   const std::int32_t *index = call.input("index").ints(), *count = call.input("count").ints();

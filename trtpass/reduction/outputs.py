@@ -20,7 +20,7 @@ def restored(emit: Emitter, stream: Stream, out: ir.Value, cls: int, columns: in
         "RestoreTokens",
         [out, stream.owner],
         ["restored"],
-        {"B": stream.batch, "C": stream.length, "E": width, "N": stream.original},
+        {"B": stream.batch, "C": stream.length, "E": width, "S": stream.original},
         fixed=cls,
         width=columns,
     )
