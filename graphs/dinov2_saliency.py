@@ -159,11 +159,11 @@ def _renamed(name: str) -> str:
 
 
 def load(context: int | None) -> Loaded:
-    """The ONNX file, and the same model in PyTorch for the proofs; a vision model has no context to limit."""
+    """The ONNX file, and where PyTorch is the same model in it, for the proofs; a vision model has no context to limit."""
     if context is not None:
         raise InputError(f"context {context} for dinov2-saliency", "none: it always has 257 tokens")
-    module: Any = torch_module()
-    return Loaded(module, module.backbone.config, None, None, onnx=onnx_file())
+    module: Any = torch_module() if importlib.util.find_spec("transformers") else None
+    return Loaded(module, None if module is None else module.backbone.config, None, None, onnx=onnx_file())
 
 
 RECIPE = Recipe(

@@ -30,6 +30,7 @@ class Multimodal:
         inputs: of the graph, by name.
         tokens: image tokens of a row.
         dynamic: axes whose size is not fixed, for the export.
+        whole: the same example as the arguments of ``model``.
     """
 
     model: Any
@@ -37,6 +38,7 @@ class Multimodal:
     inputs: dict[str, torch.Tensor]
     tokens: int
     dynamic: dict[str, dict[int, str]]
+    whole: dict[str, torch.Tensor]
 
     def export(self) -> ir.Model:
         """The canonical graph."""
@@ -89,4 +91,93 @@ def tiny_llava(seed: int = 0) -> Multimodal:
     ids[:, 3 : 3 + tokens] = IMAGE_TOKEN
     inputs = {"pixel_values": torch.randn(2, 3, SIDE, SIDE), "input_ids": ids}
     dynamic = {"pixel_values": {0: "batch"}, "input_ids": {0: "batch", 1: "sequence"}}
-    return Multimodal(model, Llava(model).eval(), inputs, tokens, dynamic)
+    return Multimodal(model, Llava(model).eval(), inputs, tokens, dynamic, inputs)
+
+
+class Qwen2VL(torch.nn.Module):
+    """Qwen2VLForConditionalGeneration for images of one size, one a row.
+
+    Takes ``pixel_values [B, P, C]`` (patches as its processor flattens them), ``input_ids [B, S]`` and ``position_ids
+    [3, B, S]``. transformers joins the rows of a batch and splits attention again by lists of lengths; here the rows stay apart,
+    which computes the same.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(self, model: Any, grid: torch.Tensor) -> None:
+        super().__init__()
+        from transformers.models.qwen2_vl.modeling_qwen2_vl import get_vision_position_ids
+
+        self.inner = model
+        visual = model.model.visual
+        places = get_vision_position_ids(grid[:1], visual.spatial_merge_size)
+        cos, sin = visual.rotary_pos_emb(torch.zeros(1), places)  # [P, D]
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def attend(self, attention: Any, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, _ = x.shape
+        heads = attention.qkv(x).reshape(batch, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = heads.unbind(0)  # [B, H, P, D]
+        q, k = self.rotated(q), self.rotated(k)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=attention.scaling)
+        return attention.proj(out.transpose(1, 2).reshape(batch, tokens, -1))
+
+    def rotated(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * self.cos + torch.cat([-second, first], dim=-1) * self.sin
+
+    def forward(
+        self, pixel_values: torch.Tensor, input_ids: torch.Tensor, position_ids: torch.Tensor
+    ) -> torch.Tensor:  # fmt: skip
+        model = self.inner.model
+        visual = model.visual
+        batch, tokens, _ = pixel_values.shape
+        x = visual.patch_embed(pixel_values.flatten(0, 1)).reshape(batch, tokens, -1)
+        for block in visual.blocks:
+            x = x + self.attend(block.attn, block.norm1(x))
+            x = x + block.mlp(block.norm2(x))
+        embeds = placed(input_ids, model.get_input_embeddings()(input_ids), visual.merger(x.flatten(0, 1)))
+        out = model.language_model(inputs_embeds=embeds, position_ids=position_ids, use_cache=False)
+        return self.inner.lm_head(out.last_hidden_state)
+
+
+def tiny_qwen2vl(seed: int = 0) -> Multimodal:
+    """Vision tower with rotary positions on 4 x 6 patches, merged 2 x 2 to 6 image tokens; Qwen2 with three positions."""
+    import transformers as hf
+
+    torch.manual_seed(seed)
+    vision = {
+        "depth": VISION_LAYERS,
+        "embed_dim": 32,
+        "num_heads": 4,
+        "mlp_ratio": 2,
+        "hidden_size": 48,
+        "patch_size": 8,
+    }
+    text = {
+        "hidden_size": 48, "num_hidden_layers": TEXT_LAYERS, "num_attention_heads": 6, "num_key_value_heads": 2,
+        "intermediate_size": 96, "vocab_size": VOCAB, "max_position_embeddings": 256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    config: Any = hf.Qwen2VLConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, video_token_id=94, vision_start_token_id=93,
+        vision_end_token_id=92, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model: Any = hf.Qwen2VLForConditionalGeneration(config).eval()
+    spread(model)
+    grid = torch.tensor([[1, 4, 6]] * 2)
+    tokens, patches = 6, 24
+    ids = torch.randint(0, 92, (2, 4 + tokens + 8))
+    ids[:, 3], ids[:, 4 : 4 + tokens], ids[:, 4 + tokens] = 93, IMAGE_TOKEN, 92
+    kinds = (ids == IMAGE_TOKEN).long()
+    positions = model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid)[0]
+    pixels = torch.randn(2, patches, 3 * config.vision_config.temporal_patch_size * 8 * 8)
+    inputs = {"pixel_values": pixels, "input_ids": ids, "position_ids": positions}
+    dynamic = {
+        "pixel_values": {0: "batch"}, "input_ids": {0: "batch", 1: "sequence"},
+        "position_ids": {1: "batch", 2: "sequence"},
+    }  # fmt: skip
+    whole = {**inputs, "pixel_values": pixels.flatten(0, 1), "image_grid_thw": grid}
+    return Multimodal(model, Qwen2VL(model, grid).eval(), inputs, tokens, dynamic, whole)

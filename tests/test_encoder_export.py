@@ -137,24 +137,34 @@ def test_inspect_describes_an_encoder() -> None:
     assert (encoder["tokens"], encoder["cls"], encoder["grid"], encoder["blocks"]) == (26, 1, (5, 5), [0, 2])
 
 
-def test_llava_is_one_graph_with_two_streams() -> None:
-    tiny = multimodal.tiny_llava()
+@pytest.mark.parametrize("name", ["llava", "qwen2vl"])
+def test_a_multimodal_model_is_one_graph_with_two_streams(name: str) -> None:
+    tiny = multimodal.tiny_llava() if name == "llava" else multimodal.tiny_qwen2vl()
     model = tiny.export()
     anchors = find(model)
-    assert anchors.missing == () and anchors.positions is not None
     tower, decoder = streams(anchors)
     assert [b.causal for b in anchors.blocks] == [False] * len(tower.blocks) + [True] * multimodal.TEXT_LAYERS
+    assert all(b.rope_q is not None and b.rope_k is not None for b in decoder.blocks)
     found = describe(model, tower)
-    assert (found.tokens, found.cls, found.grid) == (tiny.tokens + 1, 1, (5, 5))
+    if name == "llava":
+        assert anchors.missing == () and anchors.positions is not None
+        assert (found.tokens, found.cls, found.grid) == (tiny.tokens + 1, 1, (5, 5))
+    else:  # three kinds of positions, and patches that come without a grid
+        assert anchors.positions is None and "[B, S] positions" in anchors.missing[0]
+        assert (found.tokens, found.cls, found.grid) == (4 * tiny.tokens, 0, None)
     assert describe(model, decoder).stream_out is decoder.blocks[-1].mlp_out
     with torch.inference_mode():
-        expected = tiny.model(**tiny.inputs).logits.numpy()
+        expected = tiny.model(**tiny.whole).logits.numpy()
         np.testing.assert_allclose(run(model, tiny.inputs), expected, atol=5e-5, rtol=0)
-        longer = {  # another batch, other places
-            "pixel_values": torch.randn(3, 3, multimodal.SIDE, multimodal.SIDE),
-            "input_ids": torch.cat([torch.full((3, 5), 7), tiny.inputs["input_ids"][:1].repeat(3, 1)], 1),
-        }
-        np.testing.assert_allclose(run(model, longer), tiny.model(**longer).logits.numpy(), atol=5e-5, rtol=0)
+        assert (
+            np.abs(run(model, tiny.inputs | {"pixel_values": tiny.inputs["pixel_values"] + 1}) - expected).max() > 0.1
+        )
+        if name == "llava":  # another batch, other places
+            longer = {
+                "pixel_values": torch.randn(3, 3, multimodal.SIDE, multimodal.SIDE),
+                "input_ids": torch.cat([torch.full((3, 5), 7), tiny.inputs["input_ids"][:1].repeat(3, 1)], 1),
+            }
+            np.testing.assert_allclose(run(model, longer), tiny.model(**longer).logits.numpy(), atol=5e-5, rtol=0)
 
 
 def test_a_module_that_trains_is_refused() -> None:

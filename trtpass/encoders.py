@@ -169,10 +169,13 @@ def _patches(value: ir.Value, cls: int) -> tuple[tuple[int, int] | None, str]:
         if is_op(node, "Conv"):
             shape = dims(node.outputs[0])
             if shape is None or len(shape) != 4:
-                what = "over one axis" if shape is not None and len(shape) == 3 else f"to {shape}"
+                what = "over one axis" if shape is not None and len(shape) == 3 else f"to {_sizes(shape)}"
                 return None, f"the tokens come from a convolution {what} ('{node.name}'): no rows and columns"
             if not (isinstance(shape[2], int) and isinstance(shape[3], int)):
-                return None, f"rows and columns of the convolution '{node.name}' are only known at run time: {shape}"
+                return (
+                    None,
+                    f"rows and columns of the convolution '{node.name}' are only known at run time: {_sizes(shape)}",
+                )
             return (shape[2], shape[3]), ""
         if is_op(node, "Concat") and cls:
             part = next((v for v in reversed(node.inputs) if _varies(v)), None)
@@ -187,6 +190,10 @@ def _patches(value: ir.Value, cls: int) -> tuple[tuple[int, int] | None, str]:
             return None, f"no convolution above the token stream: the search stopped at {name}"
         value = up
     return None, f"no convolution within {_LONGEST} nodes above the token stream"
+
+
+def _sizes(shape: list[object] | None) -> str:
+    return "an unknown shape" if shape is None else f"[{', '.join(map(str, shape))}]"
 
 
 def _keeps_order(node: ir.Node) -> bool:

@@ -135,6 +135,9 @@ def _half(graph: ir.Graph, value: ir.Value | None, kind: str, halves: dict[int, 
                 raise _NotRotary(f"{kind.lower()} is scaled by something that is not a constant")
             scale *= float(factor)
         node = node.inputs[0].producer()  # type: ignore[union-attr]
+    if (ready := _doubled(node)) is not None and scale == 1.0 and ready.dtype == dtype:
+        halves[key] = ready  # put together from several kinds of positions (Qwen2-VL), each with a Cos of its own
+        return ready
     if not is_op(node, kind):
         raise _NotRotary(f"no {kind} above '{value.name}'")
     doubled = node.inputs[0].producer()  # type: ignore[union-attr]
@@ -157,6 +160,15 @@ def _half(graph: ir.Graph, value: ir.Value | None, kind: str, halves: dict[int, 
     graph.insert_after(node, new)
     halves[key] = last
     return last
+
+
+def _doubled(node: ir.Node | None) -> ir.Value | None:
+    """c ``[B, S, D/2]`` of ``concat(c, c)`` on the last axis."""
+    if not is_op(node, "Concat") or len(node.inputs) != 2 or node.inputs[0] is not node.inputs[1]:
+        return None
+    shape = dims(node.inputs[0])
+    last = int_attr(node, "axis", 0) in (-1, 2)
+    return node.inputs[0] if shape is not None and len(shape) == 3 and shape[0] != 1 and last else None
 
 
 def _give_batch(graph: ir.Graph, angles: ir.Value) -> tuple[Any, Any]:
