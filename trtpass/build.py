@@ -107,6 +107,9 @@ def build(request: Request, report: Report = silent) -> tuple[Manifest, Path]:
     with staged(folder) as work:
         report("loading weights", 0.02)
         loaded = recipe.load()
+        for step in pipeline:
+            if isinstance(step, SpanMethod):
+                step.check_length(loaded.context or DEFAULT_CONTEXT)
         model, raised = _canonical(recipe, loaded, report)
         job = Job(request, recipe, loaded, model, raised, pipeline, work, report, started)
         if kind_of(recipe, model, find(model)) == "encoder":
@@ -312,9 +315,6 @@ def probe_for(loaded: Loaded, dense: ir.Model, pipeline: Sequence[Pass]) -> Prob
     limits += [p.least_tokens for p in pipeline if isinstance(p, SpanMethod)]
     dense_limit = max(*limits, 160) if limits else 160
     longest = min(loaded.context or DEFAULT_CONTEXT, dense_limit + dense_limit // 4 + 8)
-    for step in pipeline:
-        if isinstance(step, SpanMethod):
-            step.check_length(longest - longest // 16, loaded.context or DEFAULT_CONTEXT)
     lengths = np.array([longest, max(longest - longest // 16, 1)], np.int32)
     rows = np.stack([token_row(loaded, dense, longest, seed) for seed in range(2)])
     rows[1, lengths[1] :] = 0

@@ -84,6 +84,7 @@ def engine_check(ladder: Ladder, step: SpanMethod, result: PassResult, target: s
     expose(graph, list(keys.values()))
     expected = ladder.run(graph, hidden)
     chosen = _choices(sites, expected)
+    _count(ladder, sites, expected)
 
     lowered = ladder.rewritten.clone()
     expose_hidden(lowered)

@@ -41,10 +41,10 @@ class Span:
         if not colon or not (first or "0").isdecimal() or not digits.isdecimal():
             raise InputError(f"{name}: span={text}", FORMS)
         span = Span(int(first or 0), int(last))
-        if span.stop >= 0 and span.stop <= span.start:
-            raise InputError(f"{name}: span={text} is empty", "a stop above the start")
         if last.startswith("-") and span.stop == 0:
             raise InputError(f"{name}: span={text} ends with the row", "a token behind the span: its query chooses")
+        if span.stop >= 0 and span.stop <= span.start:
+            raise InputError(f"{name}: span={text} is empty", "a stop above the start")
         if max(span.start, abs(span.stop)) > MOST:
             raise InputError(f"{name}: span={text}", f"a start and a stop up to {MOST}")
         return span
@@ -78,7 +78,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Cut:
-    """A site's budget, as the attributes of KeepTokens say it; ``layer``: the first one with shorter keys."""
+    """A site's budget, as the attributes of KeepTokens say it; ``layer``: the first one with fewer keys, if there is."""
 
     layer: int
     fixed: int
@@ -131,7 +131,7 @@ class Shortened:
             made = Shortened(cuts=cuts, **given)
             good = isinstance(made.method, str) and isinstance(made.span, str)
             good &= isinstance(made.least, int) and isinstance(made.layers, int)
-            good &= all(0 <= cut.layer < made.layers for cut in cuts)
+            good &= all(0 <= cut.layer <= made.layers for cut in cuts)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"the property '{SPAN_KEY}' of the graph is {text[:60]!r}", fix="build again") from error
         if not good:

@@ -20,7 +20,7 @@ def held_tokens(
         return []
     given = add_input(graph, DROPPED, ir.DataType.INT32, [shortened.layers, BATCH])
     order.append(given)
-    held, starts = [past] * shortened.layers, {cut.layer for cut in shortened.cuts}
+    held, starts = [past] * shortened.layers, {c.layer for c in shortened.cuts if c.layer < shortened.layers}
     for start in sorted(starts):
         row = constant(graph, f"cache.layer{start}", np.array(start, np.int64))
         gone = make_node("Gather", [given, row], [(f"cache.dropped{start}", ir.DataType.INT32, [BATCH])], {"axis": 0})

@@ -127,15 +127,14 @@ class SpanMethod(Pass):
         span = Span.parse(self.options.span, self.name)
         return span.start - span.stop + 64 if span.relative else span.least
 
-    def check_length(self, tokens: int, context: int) -> None:
-        """Raise unless rows of ``tokens``, as many as a check of a model with such a ``context`` may have, reach beyond
-        the span.
+    def check_length(self, context: int) -> None:
+        """Raise unless the rows of a check, whose shorter one leaves a 16th of ``context`` free, reach beyond the span.
 
         Raises:
             InputError: they do not.
         """
-        least = Span.parse(self.options.span, self.name).least if self.options.span != "auto" else 1
-        if tokens < least:
+        least = 1 if self.options.span == "auto" else Span.parse(self.options.span, self.name).least
+        if least > context - context // 16:
             raise InputError(
                 f"{self.name}: span={self.options.span} needs {least} tokens and room for more",
                 f"a span that ends well inside the {context} tokens of the model's context",
