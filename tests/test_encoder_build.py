@@ -1,4 +1,4 @@
-"""Engines of encoders: what a folder holds, what its manifest claims, what running it refuses, plans of fixed sizes."""
+"""Engines of encoders: what a folder holds, what its manifest claims, plans of fixed sizes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,57 +14,32 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from vit_engines import TOME, images, vit_engine, vit_file
 
-from tests.tiny import decoder
 from tests.tiny_vit import vit
 from trtpass import encoder_build, encoder_checks, io, rtx
 from trtpass.build import Request, build
 from trtpass.encoder_choices import MARGIN, flips
 from trtpass.encoder_engine import EncoderEngine
-from trtpass.encoder_inputs import choices, fix_sizes, noise, symbols
-from trtpass.errors import CheckFailed, InputError
-from trtpass.generate import generate
+from trtpass.errors import CheckFailed
 from trtpass.manifest import Manifest, render
 from trtpass.passes.lower import Lowered
 from trtpass.reduction import definition
 from trtpass.runtime import Engine
 from trtpass.validate import validate
 
-TOME = "tome:r=4,layers=0"
 Build = Callable[..., tuple[Manifest, Path]]
-
-
-@cache
-def _file(root: Path, head: str) -> Path:
-    root.joinpath(head).mkdir(parents=True)
-    io.save(vit(2, head=head), root / head / "vit.onnx")
-    return root / head / "vit.onnx"
-
-
-@pytest.fixture
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vision transformer whose output has all tokens."""
-    return _file(tmp_path_factory.getbasetemp() / "vit", "tokens")
-
-
-@cache
-def _built(root: Path, passes: tuple[str, ...] | None, target: str, head: str) -> tuple[Manifest, Path]:
-    return build(Request(str(_file(root / "vit", head)), passes, target, out=root / "engines" / head))
 
 
 @pytest.fixture
 def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """``built(*passes)``: an engine, made once a session. Not to be changed."""
-    root = tmp_path_factory.getbasetemp()
-
-    def make(*passes: str, target: str = "cpu", head: str = "tokens") -> tuple[Manifest, Path]:
-        return _built(root, passes, target, head)
-
-    return make
+    """``built(*passes)``: see ``vit_engine``."""
+    return partial(vit_engine, tmp_path_factory)
 
 
-def images(rows: int, seed: int = 5) -> dict[str, np.ndarray]:
-    return {"image": np.random.default_rng(seed).standard_normal((rows, 3, 24, 24)).astype(np.float32)}
+@pytest.fixture
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return vit_file(tmp_path_factory)
 
 
 def original(file: Path, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -75,7 +50,7 @@ def original(file: Path, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 
 def test_a_file_without_tokens_in_is_built_dense(built: Build, file: Path) -> None:
-    manifest, folder = _built(built()[1].parents[3], None, "cpu", "tokens")
+    manifest, folder = built(own=True)
     assert manifest.kind == "encoder" and manifest.passes == [] and manifest.context == 0
     assert manifest.inputs == {"image": "float32 [batch, 3, 24, 24]"}
     assert manifest.outputs == {"features": "float32 [batch, 37, 16]"}
@@ -227,113 +202,6 @@ def test_a_failure_leaves_nothing(file: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(RuntimeError, match="in the middle"):
         build(Request(str(file), [], out=tmp_path / "engines"))
     assert [p for p in (tmp_path / "engines").rglob("*") if not p.is_dir() or p.name.startswith(".")] == []
-
-
-# ---- running --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("feed", "message"), [
-    ({}, r"are none"),
-    ({"picture": 1}, r"are picture"),
-    ({"image": np.zeros((1, 3, 24, 24))}, r"is float64[^$]*astype\('float32'\)"),
-    ({"image": np.zeros((3, 24, 24), np.float32)}, r"has shape \[3, 24, 24\]"),
-    ({"image": np.zeros((1, 3, 24, 28), np.float32)}, r"has shape \[1, 3, 24, 28\]"),
-    ({"image": np.zeros((0, 3, 24, 24), np.float32)}, r"has shape \[0, 3, 24, 24\]"),
-    ("image", r"are str"),
-])  # fmt: skip
-def test_wrong_inputs_are_refused(built: Build, feed: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message) as caught:
-        EncoderEngine.open(built()[1]).run(feed)
-    assert "float32 [batch, 3, 24, 24]" in str(caught.value)
-
-
-def test_values_inside_the_graph_can_be_read(built: Build) -> None:
-    engine = EncoderEngine.open(built(TOME)[1])
-    (layer,) = [name for name in _values(built(TOME)[1]) if name.endswith("tome.keep")]
-    keep = engine.run(images(2), [layer])[layer]
-    assert keep.shape == (2, 37) and (keep.sum(1) == 33).all()
-    with pytest.raises(InputError, match="no value 'absent'"):
-        engine.run(images(2), ["absent"])
-
-
-def _values(folder: Path) -> list[str]:
-    return [
-        name for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node for name in node.output
-    ]
-
-
-def test_an_encoder_generates_no_text(built: Build) -> None:
-    folder = built()[1]
-    with pytest.raises(InputError, match="generates no text"):
-        generate(folder, ["hello"], max_tokens=1)
-    with pytest.raises(InputError, match="generates no text"):
-        Engine.open(folder).prefill([[1, 2]])
-
-
-def test_a_decoder_stays_a_decoder(tmp_path: Path) -> None:
-    io.save(decoder(1), tmp_path / "decoder.onnx")
-    request = Request(str(tmp_path / "decoder.onnx"), [], "portable", out=tmp_path / "engines")
-    manifest, folder = build(request)
-    assert manifest.kind == "decoder" and not manifest.checks.failed and manifest.inputs == {}
-    assert not isinstance(Engine.open(folder), EncoderEngine)
-    with pytest.raises(InputError, match=r"no .*engine\.onnx"):
-        EncoderEngine.open(folder)
-    with pytest.raises(InputError, match="a decoder"):
-        build(replace(request, sizes={"batch": (1,)}))
-
-
-# ---- requests -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("passes", "message"), [
-    (["streaming-llm"], "cache policy streaming-llm .* an encoder"),
-    (["token-sparse"], "no token input"),
-    (["tome:r=30"], "at most half"),
-])  # fmt: skip
-def test_passes_that_do_not_fit_are_refused(file: Path, tmp_path: Path, passes: list[str], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        build(Request(str(file), passes, out=tmp_path / "engines"))
-    assert not list((tmp_path / "engines").rglob("*.onnx"))
-
-
-def test_sizes_must_be_in_the_graph(file: Path, tmp_path: Path) -> None:
-    for sizes, message in (
-        ({"height": (3,)}, "size height"), ({"batch": (0,)}, "size batch=0"), ({"batch": ()}, "size batch="),
-    ):  # fmt: skip
-        with pytest.raises(InputError, match=message):
-            build(Request(str(file), [], out=tmp_path, sizes=sizes))
-    assert not list(tmp_path.rglob("*.onnx"))
-
-
-def test_arrays_of_a_file_take_the_place_of_noise(file: Path, tmp_path: Path) -> None:
-    np.savez(tmp_path / "x.npz", **images(1))
-    manifest, _ = build(Request(str(file), [], out=tmp_path / "engines", inputs=tmp_path / "x.npz"))
-    assert "1x3x24x24, x.npz" in manifest.checks.engine.tolerance
-    np.savez(tmp_path / "y.npz", image=np.zeros((1, 3, 24, 25), np.float32))
-    (tmp_path / "z.npz").write_text("no arrays")
-    np.savez(tmp_path / "w.npz", image=np.array([object()], dtype=object))
-    for name, message in (
-        ("y", r"\[1, 3, 24, 25\]"),
-        ("z", "cannot be read"),
-        ("w", "cannot be read"),
-        ("v", "cannot"),
-    ):
-        with pytest.raises(InputError, match=message):
-            build(Request(str(file), [], out=tmp_path / "engines", inputs=tmp_path / f"{name}.npz"))
-
-
-def test_open_sizes_need_numbers() -> None:
-    model = vit(1)
-    model.graph.inputs[0].shape = ir.Shape(["batch", 3, "height", 24])
-    assert symbols(model) == {"batch": True, "height": False}
-    with pytest.raises(InputError, match="leaves height open") as caught:
-        noise(model, {})
-    assert "--size height=64" in caught.value.fix
-    assert noise(model, {"height": (24,), "batch": (7,)}).feed["image"].shape == (2, 3, 24, 24)
-    assert choices(model, {"height": (24, 48)}) == [{"batch": 1, "height": 24}, {"batch": 1, "height": 48}]
-    fixed = fix_sizes(vit(1), {"batch": 3})
-    assert [list(v.shape or []) for v in fixed.graph.outputs] == [[3, 37, 16]]
-    assert all(isinstance(d, int) for node in fixed.graph for v in node.outputs for d in v.shape or [])
 
 
 # ---- plans ----------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from trtpass.encoder_inputs import (
     read_probe,
     symbols,
 )
+from trtpass.encoders import streams
 from trtpass.errors import InputError
 from trtpass.manifest import Kind, Manifest, PassRecord
 from trtpass.passes import Pass
@@ -42,6 +43,7 @@ from trtpass.passes.lower import counted, lower
 from trtpass.plan_process import Profile
 from trtpass.plans import TARGETS as PLANS
 from trtpass.plans import Lower, Plans, write_plans
+from trtpass.reduction.options import LOW_KEEP
 from trtpass.runtime import ENGINE
 
 if TYPE_CHECKING:
@@ -181,7 +183,7 @@ def probe_for(job: Job, model: ir.Model) -> Probe:
 
 
 def _records(pipeline: Sequence[Pass], ladder: EncoderLadder) -> list[PassRecord]:
-    blocks = find(ladder.dense).blocks
+    anchors = find(ladder.dense)
     records = []
     for step, result in zip(pipeline, ladder.results, strict=True):
         layers = [site.layer for site in result.sites]
@@ -193,14 +195,22 @@ def _records(pipeline: Sequence[Pass], ladder: EncoderLadder) -> list[PassRecord
             near_misses=list(result.near_misses),
             warnings=list(result.warnings),
         )
-        if reducing([result]) and ladder.tokens and ladder.width:
-            counts = {layer: ladder.tokens[layer] for layer in layers}
-            carried, now = [], ladder.width
-            for block in blocks:  # a site lies between attention and MLP of its block
-                now = counts.get(block.layer, now)
-                carried.append(now)
-            record.tokens = [ladder.width, *counts.values()]
-            record.kept = round(float(np.mean(carried)) / ladder.width, 6)
-            record.pruned = round(1 - float(np.mean([ladder.kept[layer] for layer in layers])), 6)
+        if reducing([result]) and ladder.tokens.keys() >= set(layers):
+            _count(record, ladder, next(s for s in streams(anchors) if layers[0] in {b.layer for b in s.blocks}))
         records.append(record)
     return records
+
+
+def _count(record: PassRecord, ladder: EncoderLadder, stream: Anchors) -> None:
+    """What a pass kept of the tokens of its stream, in ``record``."""
+    width = ladder.before[record.layers[0]]
+    after = {layer: ladder.tokens[layer] for layer in record.layers}
+    carried, now = [], width
+    for block in stream.blocks:  # a site lies between attention and MLP of its block
+        now = after.get(block.layer, now)
+        carried.append(now)
+    record.tokens = [width, *after.values()]
+    record.kept = round(float(np.mean(carried)) / width, 6)
+    record.pruned = round(1 - float(np.mean([ladder.kept[layer] for layer in record.layers])), 6)
+    if now < LOW_KEEP * width and not record.warnings:
+        record.warnings.append(f"{now} of {width} tokens are left: below {LOW_KEEP:.0%} quality is gone in the papers")

@@ -47,9 +47,9 @@ class EncoderLadder:
     module: Any | None
     original: Path | None
     saved: tuple[str, dict[str, np.ndarray]] | None = None  # who made the outputs that are kept beside the engine
-    tokens: dict[int, int] = field(default_factory=dict)  # by layer: tokens of the stream after its site
-    kept: dict[int, float] = field(default_factory=dict)  # by layer: share of what came in that went on, all rows
-    width: int = 0  # tokens of the stream before the first site
+    before: dict[int, int] = field(default_factory=dict)  # by layer of a site: tokens of the stream before it
+    tokens: dict[int, int] = field(default_factory=dict)  # and after it, the most of all rows
+    kept: dict[int, float] = field(default_factory=dict)  # what share of those before they are, the mean of all rows
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -225,9 +225,9 @@ class EncoderLadder:
     def _count(self, outputs: Mapping[str, np.ndarray]) -> None:
         """Tokens after each site (the most of all rows), and what share of those before they are (the mean)."""
         for site in self.sites:
-            before = outputs[self._before[site.layer]].shape[1]
+            source = site.values.get("score") or self._before[site.layer]
+            before = self.before[site.layer] = outputs[source].shape[1]
             held = outputs[site.values["count"]] if "count" in site.values else outputs[site.values["tokens"]].shape[1]
-            self.width = self.width or before
             self.tokens[site.layer] = int(np.max(held))
             self.kept[site.layer] = float(np.mean(held)) / before
 

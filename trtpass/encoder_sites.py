@@ -44,8 +44,8 @@ def site_inputs(anchors: Anchors, layers: Sequence[int]) -> list[SiteInputs]:
         block = blocks[layer]
         if block.residual_out is None:
             raise AnchorError(f"block {layer} has no stream after attention: {block.why_no_residual}")
-        names = (str(value.name) for value in (block.residual_out, block.q, block.k))
-        found.append(SiteInputs(layer, *names, block.scale))
+        tokens, q, k = (str(value.name) for value in (block.residual_out, block.q, block.k))
+        found.append(SiteInputs(layer, tokens, q, k, block.scale))
     return found
 
 
