@@ -144,7 +144,7 @@ def _weights(file: Path) -> dict[str, np.ndarray]:
                 bias = next((str(v.name) for v in add.inputs if v is not None and v.const_value is not None), "")
                 weights[bias.removesuffix("bias") + "weight"] = tensor.numpy().T.copy()
             elif is_op(node, "Concat", "Reshape"):  # [1, 1, E] of the class token, [1, 37 * 37, E] of the patches
-                positions[tensor.shape[1]] = tensor.numpy()
+                positions[tensor.numpy().shape[1]] = tensor.numpy()
     if sorted(positions) != [1, 1369]:
         raise InputError(f"{file}: position embeddings of {sorted(positions)} tokens", "of 1 and of 37 x 37")
     weights["backbone.embeddings.position_embeddings"] = np.concatenate([positions[1], positions[1369]], axis=1)
@@ -159,7 +159,7 @@ def _renamed(name: str) -> str:
 
 
 def load(context: int | None) -> Loaded:
-    """The ONNX file, and where PyTorch is the same model in it, for the proofs; a vision model has no context to limit."""
+    """The ONNX file, and the same model in PyTorch, if that is installed; a vision model has no context to limit."""
     if context is not None:
         raise InputError(f"context {context} for dinov2-saliency", "none: it always has 257 tokens")
     module: Any = torch_module() if importlib.util.find_spec("transformers") else None

@@ -188,7 +188,8 @@ def load(context: int | None) -> Loaded:
     """The encoder as a module; sound has no context to limit."""
     if context is not None:
         raise InputError(f"context {context} for whisper-tiny-en", "none: it always has 1500 tokens")
-    encoder: Any = torch_module().get_encoder()
+    module: Any = torch_module()
+    encoder = module.get_encoder()
     return Loaded(encoder, encoder.config, None, None)
 
 

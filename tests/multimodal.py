@@ -98,8 +98,8 @@ class Qwen2VL(torch.nn.Module):
     """Qwen2VLForConditionalGeneration for images of one size, one a row.
 
     Takes ``pixel_values [B, P, C]`` (patches as its processor flattens them), ``input_ids [B, S]`` and ``position_ids
-    [3, B, S]``. transformers joins the rows of a batch and splits attention again by lists of lengths; here the rows stay apart,
-    which computes the same.
+    [3, B, S]``. transformers joins the rows of a batch and splits attention again by lists of lengths; here the rows
+    stay apart, which computes the same.
     """
 
     cos: torch.Tensor
@@ -144,7 +144,7 @@ class Qwen2VL(torch.nn.Module):
 
 
 def tiny_qwen2vl(seed: int = 0) -> Multimodal:
-    """Vision tower with rotary positions on 4 x 6 patches, merged 2 x 2 to 6 image tokens; Qwen2 with three positions."""
+    """Vision tower with rotary positions on 4 x 6 patches, merged to 6 image tokens; Qwen2 with three positions."""
     import transformers as hf
 
     torch.manual_seed(seed)

@@ -172,10 +172,7 @@ def _patches(value: ir.Value, cls: int) -> tuple[tuple[int, int] | None, str]:
                 what = "over one axis" if shape is not None and len(shape) == 3 else f"to {_sizes(shape)}"
                 return None, f"the tokens come from a convolution {what} ('{node.name}'): no rows and columns"
             if not (isinstance(shape[2], int) and isinstance(shape[3], int)):
-                return (
-                    None,
-                    f"rows and columns of the convolution '{node.name}' are only known at run time: {_sizes(shape)}",
-                )
+                return None, f"rows and columns of '{node.name}' are only known at run time: {_sizes(shape)}"
             return (shape[2], shape[3]), ""
         if is_op(node, "Concat") and cls:
             part = next((v for v in reversed(node.inputs) if _varies(v)), None)

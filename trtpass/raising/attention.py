@@ -166,9 +166,9 @@ def _untransposed(graph: ir.Graph, kt: ir.Value, q: ir.Value | None) -> ir.Value
         if perm != [0, 2, 3, 1] or source is None or (dims(q) or [None] * 2)[1] != source[2]:
             return f"keys are transposed by {perm}"
         shape = [source[i] for i in order]  # [B, S, H, D] to [B, H, S, D]
-        k = make_node("Transpose", [node.inputs[0]], [(f"{kt.name}_keys", kt.dtype, shape)], {"perm": order})
-        graph.insert_before(node, k)
-        return k.outputs[0]
+        again = make_node("Transpose", [node.inputs[0]], [(f"{kt.name}_keys", kt.dtype, shape)], {"perm": order})
+        graph.insert_before(node, again)
+        return again.outputs[0]
     inner = node.inputs[0].producer() if is_op(node, "Reshape") and node.inputs[0] is not None else None
     merge = inner.inputs[0].producer() if is_op(inner, "Transpose") and inner.inputs[0] is not None else None
     if not is_op(node, "Reshape") or not is_op(inner, "Transpose") or not is_op(merge, "Reshape"):

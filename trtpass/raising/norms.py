@@ -86,7 +86,7 @@ def _rewrite(graph: ir.Graph, mean: ir.Node, x: ir.Value, centred_from: ir.Value
     value = scaled.outputs[0]
     source = x if centred_from is None else centred_from
     if centred_from is not None:
-        for node in (v.producer() for v in scaled.inputs + mean.inputs[:1] if v is not None):
+        for node in (v.producer() for v in (*scaled.inputs, x) if v is not None):
             inner = node.inputs[1].producer() if is_op(node, "Sub") and node.inputs[1] is not None else None
             if inner is not None and (reason := _not_last_axis(inner)):
                 return reason

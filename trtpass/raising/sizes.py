@@ -66,9 +66,8 @@ class Sizes:
         if node.domain != "" or any(a.type == ir.AttributeType.GRAPH for a in node.attributes.values()):
             return
         if is_op(node, "Constant"):
-            tensor = ir.convenience.get_const_tensor(node.outputs[0])
-            if tensor is not None:
-                node.outputs[0].shape = ir.Shape(list(tensor.shape))
+            if (tensor := ir.convenience.get_const_tensor(node.outputs[0])) is not None:
+                node.outputs[0].shape = ir.Shape(tensor.shape.numpy())
             return
         if (number := _float(self, node)) is not None:
             self.floats[node.outputs[0]] = number
@@ -76,9 +75,8 @@ class Sizes:
         if found is not None and len(found) <= _LONGEST:
             self.known[node.outputs[0]] = found
         told = self._shape(node)
-        shapes = [told] if told is not None else []
-        if told is None or node.outputs[0].dtype is None:
-            shapes = self._by_onnx(node, told)
+        complete = told is not None and node.outputs[0].dtype is not None
+        shapes = [told] if complete else self._by_onnx(node, told)
         for value, shape in zip(node.outputs, shapes, strict=False):
             if shape is not None:
                 self._merge(value, shape)
@@ -129,8 +127,10 @@ class Sizes:
             shape = shape_of(value)
             types[str(value.name)] = onnx.helper.make_tensor_type_proto(int(value.dtype), shape)
             elements = self.contents(value)
-            if elements is not None and all(isinstance(e, int) for e in elements) and shape is not None:
-                data[str(value.name)] = onnx.helper.make_tensor(str(value.name), int(value.dtype), shape, elements)
+            numbers = [e for e in elements or () if isinstance(e, int)]
+            if elements is not None and shape is not None and len(numbers) == len(elements):
+                sizes = [len(numbers)] if shape else []
+                data[str(value.name)] = onnx.helper.make_tensor(str(value.name), int(value.dtype), sizes, numbers)
         try:
             schema = onnx.defs.get_schema(node.op_type, self.version, "")
             opset = [onnx.helper.make_opsetid("", self.version)]
@@ -217,12 +217,9 @@ def _evaluate(sizes: Sizes, node: ir.Node) -> tuple[Size, ...] | None:
     values = [p for p in parts if p is not None]
     first = values[0]
     if is_op(node, "Unsqueeze", "Squeeze", "Reshape"):
-        rank = None if (shape := shape_of(node.outputs[0])) is None else len(shape)
-        return first if rank in (None, 0, 1) else None
-    if is_op(node, "Identity"):
-        return first
-    if is_op(node, "Cast"):
-        return first if _is_integer(node) else None
+        return first if len(shape_of(node.outputs[0]) or ()) < 2 else None
+    if is_op(node, "Identity", "Cast"):
+        return first if node.op_type == "Identity" or _is_integer(node) else None
     if is_op(node, "Concat"):
         return tuple(size for part in values for size in part)
     if is_op(node, "Gather") and int_attr(node, "axis", 0) == 0:
