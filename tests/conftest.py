@@ -36,10 +36,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     if not hasattr(config, "workerinput"):
         return
-    heavy = {item.path for item in items if item.get_closest_marker("model")}
+    heavy = {item.path for item in items if {"smollm2", "smollm2_onnx"} & set(getattr(item, "fixturenames", ()))}
     items.sort(key=lambda item: item.path not in heavy)
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("model" if item.path in heavy else item.path.name))
+        item.add_marker(pytest.mark.xdist_group("smollm2" if item.path in heavy else item.path.name))
 
 
 @pytest.fixture(scope="session")
