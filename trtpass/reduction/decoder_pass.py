@@ -6,20 +6,20 @@ import abc
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from trtpass.anchors import Anchors, AttentionBlock
 from trtpass.errors import AnchorError, InputError
-from trtpass.ir import add_input, dims, is_op
+from trtpass.ir import add_input, dims
 from trtpass.passes import WHOLE_PROMPT_KEY, Pass, PassResult, Site, need_blocks
 from trtpass.passes.logits import lm_head
-from trtpass.reduction.decoder import DROPPED, SPAN_KEY, Cut, Shortened, Span
+from trtpass.reduction.decoder import SPAN_KEY, Cut, Shortened, Span
 from trtpass.reduction.decoder_options import SpanOptions
 from trtpass.reduction.decoder_sites import SpanSite, heirs
+from trtpass.reduction.decoder_stream import insert_after, open_rows, report, restore, rotate
 from trtpass.reduction.decoder_twin import SpanTwin, TwinSite
-from trtpass.reduction.emit import I32, Emitter
-from trtpass.reduction.stream import Stream, open_stream
+from trtpass.reduction.emit import Emitter
+from trtpass.reduction.stream import Stream
 from trtpass.reduction.walk import follow, need_through, resize
 
 
@@ -160,8 +160,9 @@ class SpanMethod(Pass):
             held[place.cut.layer :] = [stream.lengths] * (len(held) - place.cut.layer)
         if stream is None:  # excluded above
             raise AnchorError("no site")
-        self._restore(model, stream, hidden)
-        self._report(model, lengths, held)
+        emit = Emitter(model, self.name.replace("-", "_"))
+        restore(emit, stream, hidden)
+        report(emit, lengths, held)
         first = places[0]
         least = max(first.span.least, 1)
         record = Shortened(self.name, self.options.span, least, len(anchors.blocks), tuple(p.cut for p in places))
@@ -179,7 +180,9 @@ class SpanMethod(Pass):
         emit = Emitter(model, f"layer{place.label}.{self.name.replace('-', '_')}")
         users, opening = list(x.uses()), list[ir.Node]()  # before new nodes use it too
         if stream is None:
-            stream, opening = self._open(model, x, lengths)
+            start = Emitter(model, f"{self.name.replace('-', '_')}.all")
+            stream = open_rows(start, x, lengths)
+            opening = start.take()
         stream.tokens = x
         known = isinstance(stream.length, int)
         kept = place.cut.kept(stream.length) if known else ir.SymbolicDim(f"kept_{place.label}")
@@ -198,16 +201,13 @@ class SpanMethod(Pass):
             "TrackTokens", [stream.owner, slot, rest, heirs(site, rest) if target is None else target, count],
             ["owner"], site.sizes(),
         )  # fmt: skip
-        producer = x.producer()
-        if producer is None:
-            raise AnchorError(f"the stream '{x.name}' is a graph input")
-        graph.insert_after(producer, opening + emit.take())
+        insert_after(graph, x, opening + emit.take())
         for node, number in users:
             node.replace_input_with(number, tokens)
         course = follow(graph, tokens, 1, hidden)
         need_through(course, hidden, self.name)
         resize(course, kept)
-        self._rotate(graph, emit, site, index, [node for node in graph if _rotates(node, course.axes)])
+        rotate(graph, emit, course, index, stream.batch, kept)
         roles = {
             "score": score,
             "keep": keep,
@@ -224,67 +224,6 @@ class SpanMethod(Pass):
         )
         return after, Site(place.label, {role: str(value.name) for role, value in roles.items()})
 
-    def _open(self, model: ir.Model, x: ir.Value, lengths: ir.Value) -> tuple[Stream, list[ir.Node]]:
-        """The stream before its first site, and its nodes. Padding takes the last valid token's row."""
-        emit = Emitter(model, f"{self.name.replace('-', '_')}.all")
-        stream = open_stream(emit, x, 0)
-        stream.lengths = lengths
-        last = emit.node("Sub", [lengths, emit.scalar(1, np.int32)], "last", I32, [stream.batch])
-        column = emit.node("Unsqueeze", [last, emit.ints(1)], "last_column", I32, [stream.batch, 1])
-        stream.owner = emit.node("Min", [stream.place, column], "owner", I32, [stream.batch, stream.original])
-        return stream, emit.take()
-
-    def _rotate(self, graph: ir.Graph, emit: Emitter, site: SpanSite, index: ir.Value, ropes: list[ir.Node]) -> None:
-        """Later layers rotate by the original positions: the rows of cos and sin `[B, S, D/2]` that are kept."""
-        gathered: dict[ir.Value, ir.Value] = {}
-        for rope in ropes:
-            if len(rope.inputs) != 3:
-                raise AnchorError(f"RotaryEmbedding '{rope.name}' has position_ids", "cos and sin [batch, tokens, D/2]")
-            for number in (1, 2):
-                table = rope.inputs[number]
-                shape = dims(table)
-                if table is None or shape is None or len(shape) != 3 or (shape[0] == 1 and site.stream.batch != 1):
-                    raise AnchorError(
-                        f"RotaryEmbedding '{rope.name}' reads '{table and table.name}' of shape {shape}",
-                        "cos and sin [batch, tokens, D/2]",
-                    )
-                if table not in gathered:
-                    gathered[table] = site.rows(
-                        table, index, f"{('cos', 'sin')[number - 1]}{len(gathered) // 2}", site.kept
-                    )
-                rope.replace_input_with(number, gathered[table])
-        made = emit.take()
-        after = index.producer()
-        if made and after is not None:
-            graph.insert_after(after, made)
-
-    def _restore(self, model: ir.Model, stream: Stream, hidden: ir.Value) -> None:
-        """All original rows below lm_head `[B, N, E]`; a plain gather, as every token has an owner or no row at all."""
-        emit = Emitter(model, self.name.replace("-", "_"))
-        users = list(hidden.uses())
-        (rows,) = emit.op(
-            "GatherTokens", [hidden, stream.owner], ["restored"],
-            {"B": stream.batch, "C": stream.original, "E": (dims(hidden) or [None] * 3)[2]},
-        )  # fmt: skip
-        producer = hidden.producer()
-        if producer is None:
-            raise AnchorError(f"'{hidden.name}' below lm_head is a graph input")
-        model.graph.insert_after(producer, emit.take())
-        for node, number in users:
-            node.replace_input_with(number, rows)
-
-    def _report(self, model: ir.Model, lengths: ir.Value, held: list[ir.Value]) -> None:
-        """The output ``dropped`` int32 `[layers, batch]`: lengths less what each layer holds."""
-        emit, batch = Emitter(model, self.name.replace("-", "_")), (dims(lengths) or [None])[0]
-        rows: dict[ir.Value, ir.Value] = {}
-        for number, value in enumerate(dict.fromkeys(held)):
-            gone = emit.node("Sub", [lengths, value], f"dropped_{number}", I32, [batch])
-            rows[value] = emit.node("Unsqueeze", [gone, emit.ints(0)], f"dropped_row_{number}", I32, [1, batch])
-        whole = emit.node("Concat", [rows[value] for value in held], DROPPED, I32, [len(held), batch], axis=0)
-        whole.name = DROPPED
-        model.graph.extend(emit.take())
-        model.graph.outputs.append(whole)
-
     def twin(self, module: Any, result: PassResult) -> SpanTwin:
         """The same edit on a transformers causal LM; see ``trtpass.reduction.decoder_twin``."""
         span, sites = Span.parse(self.options.span, self.name), []
@@ -293,7 +232,3 @@ class SpanMethod(Pass):
             sites.append(TwinSite(site.layer, cut, span, self.before))
             span = after
         return SpanTwin(module, self.options, sites, getattr(self.options, "seed", None))
-
-
-def _rotates(node: ir.Node, axes: dict[int, int]) -> bool:
-    return is_op(node, "RotaryEmbedding") and node.inputs[0] is not None and id(node.inputs[0]) in axes
