@@ -21,7 +21,7 @@ from trtpass import encoder_build, encoder_checks, io, rtx
 from trtpass.build import Request, build
 from trtpass.encoder_choices import MARGIN, flips
 from trtpass.encoder_engine import EncoderEngine
-from trtpass.errors import CheckFailed
+from trtpass.errors import CheckFailed, InputError
 from trtpass.manifest import Manifest, render
 from trtpass.passes.lower import Lowered
 from trtpass.reduction import definition
@@ -227,3 +227,10 @@ def test_plans_of_fixed_sizes_for_two_generations(tmp_path: Path, passes: list[s
     assert manifest.checks.rewrite.status == ("passed" if passes else "not_run")
     assert manifest.checks.engine.status == "not_run" and "GPU" in manifest.checks.engine.reason
     assert "equal within" in manifest.checks.engine.reason
+    with pytest.raises(InputError, match="TARGET=cpu"):
+        Engine.open(folder)
+
+
+def test_plans_are_named_by_their_sizes() -> None:
+    assert encoder_build.stem({"batch": 8, "height": 64}) == "engine.batch8-height64"
+    assert encoder_build.stem({}) == "engine.fixed"  # engine.onnx is what ONNX Runtime runs

@@ -80,8 +80,8 @@ def default_passes(recipe: Recipe) -> tuple[str, ...]:
 
 
 def stem(sizes: Mapping[str, int]) -> str:
-    """Of a plan's files: ``engine.batch1``; ``engine`` where the graph itself fixes every size."""
-    return ".".join([ENGINE, "-".join(f"{name}{n}" for name, n in sizes.items())]) if sizes else ENGINE
+    """Of a plan's files: ``engine.batch1``; ``engine.fixed`` where the graph itself fixes every size."""
+    return f"{ENGINE}.{'-'.join(f'{name}{n}' for name, n in sizes.items()) or 'fixed'}"
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,12 @@ def _lower(job: Job, rewritten: ir.Model, chosen: Sequence[Mapping[str, int]]) -
     request = job.request
     if request.target in PLANS:
         source = EncoderSource(rewritten, chosen, request.dtype)
-        return write_plans(request.target, request.sm, source, job.work, request.out, job.report)
+        plans = write_plans(request.target, request.sm, source, job.work, request.out, job.report)
+        if any(getattr(step.options, "max_keep", 0) == 1.0 for step in job.pipeline):
+            plans.notes.append(
+                "shapes are fixed: with max_keep=1 a plan computes on all tokens; give max_keep below 1 to save time"
+            )
+        return plans
     lowered = lower(rewritten, request.target, request.kernels)
     write_graph(lowered.model, job.work / f"{ENGINE}.onnx")
     decisions = [(ENGINE, replace(d, reason=re.sub(r" \('.*'\)", "", d.reason))) for d in lowered.decisions]

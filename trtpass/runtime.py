@@ -106,8 +106,8 @@ class Engine:
         if not isinstance(source, Mapping):
             folder = Path(source)
             source = {phase: folder / f"{phase}.onnx" for phase in (PREFILL, DECODE)}
-            if (encoder := folder / f"{ENGINE}.onnx").is_file():
-                source = {ENGINE: encoder}
+            if any(folder.glob(f"{ENGINE}.*")):
+                source = {ENGINE: folder / f"{ENGINE}.onnx"}
         if ENGINE in source:
             from trtpass.encoder_engine import EncoderEngine
 
