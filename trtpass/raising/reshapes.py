@@ -6,7 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from trtpass.ir import const_ints, constant, is_op
-from trtpass.raising.sizes import Size, Sizes, infer_sizes, shape_of
+from trtpass.raising.size_rules import Size
+from trtpass.raising.sizes import Sizes, infer_sizes, shape_of
 
 
 def raise_reshapes(graph: ir.Graph) -> tuple[int, list[str]]:

@@ -7,7 +7,6 @@ of up to 64 elements.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,12 +14,13 @@ import onnx
 import onnx_ir as ir
 
 from trtpass.ir import const_array, const_scalar, constant, dims, int_attr, is_op
-
-Size = int | str | None
-"""A number, the name of a size that is only known when the graph runs (never negative), or unknown."""
+from trtpass.raising.size_rules import Size, broadcast, element, reshaped, sliced
 
 _LONGEST = 64
-_FAILURES = (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError)
+_FAILURES = (  # of an operator or a value that ONNX does not know, or that does not fit
+    onnx.defs.SchemaError, onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, ValueError,
+    OverflowError, TypeError,
+)  # fmt: skip
 
 
 def infer_sizes(graph: ir.Graph) -> Sizes:
@@ -34,8 +34,10 @@ def infer_sizes(graph: ir.Graph) -> Sizes:
     for node in graph:
         sizes.visit(node)
     for value, number in sizes.floats.items():
-        if const_scalar(value) is None:
-            value.replace_all_uses_with(constant(graph, f"folded_{number!r}", np.array(number, np.float32)))
+        shape = shape_of(value)
+        if shape in ([], [1]) and const_scalar(value) is None and not value.is_graph_output():
+            array = np.full([1] if shape else [], number, np.float32)
+            value.replace_all_uses_with(constant(graph, f"folded_{number!r}{'_row' if shape else ''}", array))
     return sizes
 
 
@@ -106,10 +108,10 @@ class Sizes:
         x = shape_of(node.inputs[0]) if node.inputs else None
         if is_op(node, "Reshape"):
             target = self.contents(node.inputs[1])
-            return None if target is None else _reshaped(x, target, int_attr(node, "allowzero", 0))
+            return None if target is None else reshaped(x, target, int_attr(node, "allowzero", 0))
         if is_op(node, "Expand"):
             target = self.contents(node.inputs[1])
-            return None if target is None or x is None else _broadcast(x, target)
+            return None if target is None or x is None else broadcast(x, target)
         if is_op(node, "ConstantOfShape"):
             return _listed(self.contents(node.inputs[0]))
         if is_op(node, "Resize") and len(node.inputs) > 3 and "axes" not in node.attributes:
@@ -118,24 +120,14 @@ class Sizes:
 
     def _by_onnx(self, node: ir.Node, told: list[Size] | None) -> list[list[Size] | None]:
         """Shapes of the outputs by ONNX's inference of this one node; also sets types that are missing."""
-        types, data = {}, {}
-        for value in node.inputs:
-            if value is None:
-                continue
-            if value.dtype is None:
-                return []
-            shape = shape_of(value)
-            types[str(value.name)] = onnx.helper.make_tensor_type_proto(int(value.dtype), shape)
-            elements = self.contents(value)
-            numbers = [e for e in elements or () if isinstance(e, int)]
-            if elements is not None and shape is not None and len(numbers) == len(elements):
-                sizes = [len(numbers)] if shape else []
-                data[str(value.name)] = onnx.helper.make_tensor(str(value.name), int(value.dtype), sizes, numbers)
+        if any(value is not None and value.dtype is None for value in node.inputs):
+            return []
         try:
+            types, data = self._typed(node)
             schema = onnx.defs.get_schema(node.op_type, self.version, "")
             opset = [onnx.helper.make_opsetid("", self.version)]
             found = onnx.shape_inference.infer_node_outputs(schema, ir.to_proto(node), types, data, opset_imports=opset)
-        except (onnx.defs.SchemaError, *_FAILURES):
+        except _FAILURES:
             return []
         shapes: list[list[Size] | None] = []
         for i, value in enumerate(node.outputs):
@@ -152,6 +144,20 @@ class Sizes:
                 )
         return shapes
 
+    def _typed(self, node: ir.Node) -> tuple[dict[str, onnx.TypeProto], dict[str, onnx.TensorProto]]:
+        """Types of the inputs by name, and contents of those that are numbers throughout."""
+        types, data = {}, {}
+        for value in node.inputs:
+            if value is None or value.dtype is None:
+                continue
+            name, kind, shape = str(value.name), int(value.dtype), shape_of(value)
+            types[name] = onnx.helper.make_tensor_type_proto(kind, shape)
+            elements = self.contents(value)
+            numbers = [e for e in elements or () if isinstance(e, int)]
+            if elements is not None and shape is not None and len(numbers) == len(elements):
+                data[name] = onnx.helper.make_tensor(name, kind, [len(numbers)] if shape else [], numbers)
+        return types, data
+
 
 def shape_of(value: ir.Value | None) -> list[Size] | None:
     """Sizes of a tensor as numbers and names; None if not even the rank is known."""
@@ -163,42 +169,6 @@ def shape_of(value: ir.Value | None) -> list[Size] | None:
 
 def _listed(sizes: tuple[Size, ...] | None) -> list[Size] | None:
     return None if sizes is None or any(isinstance(s, int) and s < 0 for s in sizes) else list(sizes)
-
-
-def _reshaped(x: list[Size] | None, target: tuple[Size, ...], allowzero: int) -> list[Size] | None:
-    """The shape after Reshape: 0 copies, -1 is what is left."""
-    out: list[Size] = []
-    for i, size in enumerate(target):
-        if size == 0 and not allowzero:
-            if x is None or i >= len(x):
-                return None
-            size = x[i]
-        out.append(size)
-    if -1 not in out:
-        return out
-    at = out.index(-1)
-    out[at] = None
-    rest = [s for i, s in enumerate(out) if i != at]
-    if x is None or None in rest or None in x:
-        return out
-    left = list(x)
-    for size in rest:  # the same name on both sides cancels
-        if isinstance(size, str):
-            if size not in left:
-                return out
-            left.remove(size)
-    names = [s for s in left if isinstance(s, str)]
-    above, below = (math.prod(s for s in side if isinstance(s, int)) for side in (left, rest))
-    if below > 0 and above % below == 0 and (not names or (len(names) == 1 and above == below)):
-        out[at] = names[0] if names else above // below
-    return out
-
-
-def _broadcast(x: list[Size], target: tuple[Size, ...]) -> list[Size]:
-    """The shape after Expand: sizes of 1 take the other side's."""
-    rank = max(len(x), len(target))
-    pairs = zip([1] * (rank - len(x)) + x, [1] * (rank - len(target)) + list(target), strict=True)
-    return [b if a == 1 else a if b == 1 or a == b or isinstance(a, int) else None for a, b in pairs]
 
 
 def _evaluate(sizes: Sizes, node: ir.Node) -> tuple[Size, ...] | None:
@@ -226,7 +196,7 @@ def _evaluate(sizes: Sizes, node: ir.Node) -> tuple[Size, ...] | None:
         at = [i for i in values[1] if isinstance(i, int) and -len(first) <= i < len(first)]
         return tuple(first[i] for i in at) if len(at) == len(values[1]) else None
     if is_op(node, "Slice"):
-        return _slice(first, values[1:])
+        return sliced(first, values[1:])
     if is_op(node, "ConstantOfShape") and len(first) == 1 and isinstance(first[0], int) and first[0] <= _LONGEST:
         fill = node.attributes["value"].value.numpy().reshape(-1)[0] if "value" in node.attributes else 0.0
         return (int(fill),) * first[0] if hasattr(fill, "dtype") and fill.dtype.kind in "iu" else None
@@ -235,7 +205,7 @@ def _evaluate(sizes: Sizes, node: ir.Node) -> tuple[Size, ...] | None:
         if any(len(v) not in (1, length) for v in values):
             return None
         rows = zip(*(v * (length if len(v) == 1 else 1) for v in values), strict=True)
-        return tuple(_element(node.op_type, *row) for row in rows)
+        return tuple(element(node.op_type, *row) for row in rows)
     return None
 
 
@@ -251,7 +221,7 @@ def _float(sizes: Sizes, node: ir.Node) -> float | None:
         number = sizes.floats[value] if value in sizes.floats else const_scalar(value)
         if elements is not None and len(elements) == 1 and isinstance(elements[0], int):
             number = elements[0]
-        if number is None or (shape_of(value) != [] and not is_op(node, "Cast", "Sqrt", "Reciprocal", "Div")):
+        if number is None or value is None or (value.dtype != ir.DataType.FLOAT and not is_op(node, "Cast")):
             return None
         numbers.append(float(number))
     if node.outputs[0].dtype not in (None, ir.DataType.FLOAT):
@@ -268,32 +238,5 @@ def _float(sizes: Sizes, node: ir.Node) -> float | None:
     return float(result) if np.isfinite(result) else None
 
 
-def _slice(first: tuple[Size, ...], rest: list[tuple[Size, ...]]) -> tuple[Size, ...] | None:
-    numbers = [[e for e in part if isinstance(e, int)] for part in rest]
-    if any(len(n) != 1 or len(n) != len(p) for n, p in zip(numbers, rest, strict=True)):
-        return None
-    step = numbers[3][0] if len(numbers) > 3 else 1
-    return first[numbers[0][0] : numbers[1][0] : step] if step > 0 else None
-
-
 def _is_integer(cast: ir.Node) -> bool:
     return int_attr(cast, "to", 0) in (ir.DataType.INT64, ir.DataType.INT32)
-
-
-def _element(op: str, a: Size, b: Size, c: Size = None) -> Size:
-    """One element; a name is a number that is not negative."""
-    if op == "Where":
-        return (b if a else c) if isinstance(a, int) else None
-    if op == "Equal":
-        if isinstance(a, int) and isinstance(b, int):
-            return int(a == b)
-        below = any(isinstance(x, int) and x < 0 for x in (a, b))
-        return 0 if below and any(isinstance(x, str) for x in (a, b)) else None if a is None or a != b else 1
-    if isinstance(a, int) and isinstance(b, int):
-        if op == "Div":
-            return None if b == 0 else int(math.copysign(abs(a) // abs(b), a * b))
-        return a + b if op == "Add" else a - b if op == "Sub" else a * b
-    neutral = 0 if op in ("Add", "Sub") else 1
-    if b == neutral:
-        return a
-    return b if a == neutral and op in ("Add", "Mul") else None
