@@ -231,6 +231,20 @@ def test_plans_of_fixed_sizes_for_two_generations(tmp_path: Path, passes: list[s
         Engine.open(folder)
 
 
+def test_a_wrong_graph_of_a_plan_fails(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ladder = encoder_checks.EncoderLadder.engine
+    right = encoder_checks.inline_bodies
+
+    def wrong(model: ir.Model, kind: str) -> None:
+        next(n for n in model.graph if n.op_type == "Attention").attributes["scale"] = ir.AttrFloat32("scale", 1.0)
+        right(model, kind)
+
+    monkeypatch.setattr(encoder_checks, "inline_bodies", wrong)
+    monkeypatch.setattr(encoder_checks.EncoderLadder, "engine", lambda self, *_: ladder(self, "tensorrt-rtx"))
+    checks = validate(copy)
+    assert checks.failed == ["engine"] and "a plan's graph" in checks.engine.reason
+
+
 def test_plans_are_named_by_their_sizes() -> None:
     assert encoder_build.stem({"batch": 8, "height": 64}) == "engine.batch8-height64"
     assert encoder_build.stem({}) == "engine.fixed"  # engine.onnx is what ONNX Runtime runs

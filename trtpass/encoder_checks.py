@@ -113,9 +113,7 @@ class EncoderLadder:
         """D = C: the twin with the graph's choices forced, tight; its own choices, within the margin of the cut."""
         if not self.sites:
             return Check.not_run("no pass makes a stream shorter")
-        graph = self.rewritten.clone()
-        self._expose(graph)
-        outputs = run_onnx(graph, self.folder, self.probe.feed)
+        outputs = self._reference
         chosen = self._choices(outputs)
         self._count(outputs)
         steps = [(p, r) for p, r in zip(self.passes, self.results, strict=True) if reducing([r])]
@@ -161,15 +159,8 @@ class EncoderLadder:
     def engine(self, target: str, kernels: bool = True, unbuilt: str = "") -> Check:
         """C = E: the rewritten and the lowered graph, with C's choices forced; its free choices."""
         if target in PLANS:
-            why = (
-                f"there is no plan, only the graphs that TensorRT would read: {unbuilt}"
-                if unbuilt
-                else "a plan executes on a GPU only, and none is executed while it is built"
-            )
-            return Check.not_run(f"{why}. {self._static()}")
-        reference = self.rewritten.clone()
-        self._expose(reference)
-        expected = run_onnx(reference, self.folder, self.probe.feed)
+            return self._plan(unbuilt)
+        expected = self._reference
         chosen = self._choices(expected)
         graph = self.rewritten.clone()
         given = force(graph, self.sites)
@@ -181,27 +172,35 @@ class EncoderLadder:
             free=flips(self._choices(got), chosen) if self.sites else None, reduced=bool(self.sites),
         )  # fmt: skip
 
-    def _static(self) -> str:
-        """What a CPU can say of a plan's graph: its static bodies in float32 against the rewritten graph."""
+    def _plan(self, unbuilt: str) -> Check:
+        """What a CPU can say of a plan: its graph, static bodies in float32, must be the rewritten one."""
         graph = self.rewritten.clone()
-        for identifier in [i for i in graph.functions if i[0] == "trtpass"]:
-            del graph.functions[identifier]
         given = force(graph, self.sites)
         inline_bodies(graph, "static")
-        reference = self.rewritten.clone()
-        self._expose(reference)
-        expected = run_onnx(reference, self.folder, self.probe.feed)
-        chosen = self._choices(expected)
+        chosen, expected = self._choices(self._reference), self._main(self._reference)
         feed = {**self.probe.feed, **{name: chosen[layer][role] for name, (layer, role) in given.items()}}
-        made, expected = run_onnx(graph, self.folder, feed), self._main(expected)
-        for (
-            name
-        ) in made:  # a static body has room for every token that shapes allow, a dynamic one for the most there are
+        made = run_onnx(graph, self.folder, feed)
+        for name in made:  # a static body has room for all that shapes allow, a dynamic one for the most there are
             room = tuple(slice(min(sizes)) for sizes in zip(made[name].shape, expected[name].shape, strict=True))
             made[name], expected[name] = np.array(made[name][room]), np.array(expected[name][room])
-        gap = difference(made, expected, ATOL, RTOL)
-        said = f"equal within {gap.max_abs:.1e}" if gap.ok else gap.words
-        return f"On a CPU, in float32, its graph and the rewritten one: {said}"
+        check = self._judge(
+            made, expected, ATOL, RTOL, note="a plan's graph, in float32 on a CPU, and the rewritten one"
+        )
+        if check.status == "failed":
+            return check
+        why = (
+            f"there is no plan, only the graphs that TensorRT would read: {unbuilt}"
+            if unbuilt
+            else "a plan executes on a GPU only, and none is executed while it is built"
+        )
+        return Check.not_run(f"{why}. {check.reason}: equal within {check.max_abs:.1e}")
+
+    @cached_property
+    def _reference(self) -> dict[str, np.ndarray]:
+        """Outputs of the rewritten graph, what its sites chose, and the streams around them."""
+        graph = self.rewritten.clone()
+        self._expose(graph)
+        return run_onnx(graph, self.folder, self.probe.feed)
 
     def _expose(self, graph: ir.Model) -> None:
         roles = (*SEEN, "tokens", "count")
