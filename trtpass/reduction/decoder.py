@@ -78,7 +78,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Cut:
-    """A site's budget, as the attributes of KeepTokens say it; ``layer``: the first one with fewer keys, if there is."""
+    """A site's budget, as the attributes of KeepTokens say it; ``layer``: the first one with fewer keys."""
 
     layer: int
     fixed: int
