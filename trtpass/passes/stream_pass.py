@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from trtpass.anchors import Anchors, AttentionBlock
 from trtpass.errors import AnchorError, InputError
+from trtpass.multimodal import parts, tower_of
 from trtpass.passes import Pass, PassResult, need_blocks
 from trtpass.passes import Site as Changed
 from trtpass.reduction.emit import Emitter
@@ -69,7 +70,7 @@ class Plan:
 
 
 class StreamPass(Pass):
-    """A pass that shortens the token stream of an encoder."""
+    """A pass that shortens the token stream of an encoder: of a multimodal graph, its vision tower."""
 
     options: StreamOptions
     idle: ClassVar[str] = "nothing is dropped"
@@ -92,6 +93,13 @@ class StreamPass(Pass):
             raise InputError(
                 f"pass '{self.name}': the graph was shortened by {model.metadata_props[REDUCED_KEY]}", "one reduction"
             )
+        inside = parts(anchors) is not None
+        if inside and self.options.restore == "none":
+            raise InputError(
+                f"{self.name}: restore=none on a multimodal graph",
+                "restore=grid: each image token of the prompt has a row",
+            )
+        anchors = tower_of(anchors)
         encoder = describe(model, anchors)
         cls = encoder.cls if self.options.cls == "auto" else int(self.options.cls)
         sites = self.sites(anchors, cls)
@@ -147,9 +155,14 @@ class StreamPass(Pass):
         return needs
 
     def call(self, model: ir.Model, anchors: Anchors) -> PassResult:
+        return self.shorten(model, anchors)[0]
+
+    def shorten(self, model: ir.Model, anchors: Anchors) -> tuple[PassResult, Stream | None]:
+        """As ``call``; with it the stream after the last site, None where nothing is dropped."""
         plan = self.plan(model, anchors)
+        anchors = tower_of(anchors)
         if not plan.blocks:
-            return PassResult(self.name, False, (), (self.idle,), self.describe())
+            return PassResult(self.name, False, (), (self.idle,), self.describe()), None
         out = plan.encoder.stream_out
         if out is None:  # excluded by plan
             raise AnchorError("no token stream")
@@ -177,7 +190,11 @@ class StreamPass(Pass):
             resize(follow(model.graph, out, 1), stream.length)
         add_outputs(emit, stream, out, all_tokens=plan.restore)
         model.metadata_props[REDUCED_KEY] = self.name
-        return PassResult(self.name, True, tuple(sites), plan.notes, self.describe(), self.options.warnings(), plan)
+        # What a site made for later layers is of no use after the last one, and goes.
+        live = {str(v.name) for node in model.graph for v in node.outputs if v.uses()}
+        left = (Changed(s.layer, {role: v for role, v in s.values.items() if v in live}) for s in sites)
+        made = PassResult(self.name, True, tuple(left), plan.notes, self.describe(), self.options.warnings(), plan)
+        return made, stream
 
     def _bias(self, model: ir.Model, stream: Stream, block: AttentionBlock) -> ir.Value:
         emit = Emitter(model, f"layer{block.layer}.{self.name}.bias")
