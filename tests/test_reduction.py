@@ -17,6 +17,7 @@ from test_golden import Golden
 from test_golden import text as text_of
 
 from trtpass.anchors import find
+from trtpass.encoder_export import export_encoder
 from trtpass.errors import AnchorError, InputError
 from trtpass.passes import PassResult, all_methods, parse
 from trtpass.reduction.definition import Row, open_row, reduce_row, restore_row
@@ -131,6 +132,11 @@ def test_sizes_sum_to_the_number_of_tokens(text: str) -> None:
     owner = outputs["token_owner"]
     assert owner.shape == (2, TOKENS["vit"])
     assert owner.max() < outputs["last_hidden_state"].shape[1]
+    for b, c in np.ndindex(outputs["token_size"].shape):
+        owned = np.flatnonzero(owner[b] == c)
+        mean, ends = (owned.mean(), [owned[0], owned[-1]]) if owned.size else (0, [TOKENS["vit"], -1])
+        assert outputs["token_position"][b, c] == pytest.approx(mean)
+        assert outputs["token_range"][b, c].tolist() == ends
 
 
 @pytest.mark.parametrize("text", ["tome:r=3", "scc:tau=0.3", "evit:keep=0.6", "ficoco-v:keep=0.7"])
@@ -140,6 +146,44 @@ def test_a_row_does_not_depend_on_its_batch(text: str) -> None:
     for b in range(2):
         alone = Tiny(tiny.family, tiny.module, {name: x[b : b + 1] for name, x in tiny.inputs.items()})
         np.testing.assert_allclose(run(model, alone)["last_hidden_state"][0], together[b], atol=5e-6)
+
+
+class Blocks(torch.nn.Module):
+    """The blocks of a ViT alone: ``x [B, N, E]`` of any N."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = tiny_encoder("vit").module
+        self.layers, self.norm, self.config = inner.layers, inner.layernorm, inner.config
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+@functools.cache
+def any_length() -> tuple[torch.nn.Module, ir.Model]:
+    module = Blocks().eval()
+    x = torch.randn(2, 21, 32)
+    return module, export_encoder(module, {"x": x}, dynamic={"x": {0: "batch", 1: "tokens"}})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["tome:r=3", "evit:keep=0.7,cls=1,restore=none", "scc:tau=0.3", "ficoco-v:keep=0.7,grid=1x64", "random-tokens:r=4"],
+)
+def test_any_number_of_tokens(text: str) -> None:
+    """One graph, whose number of tokens is known only when it runs."""
+    module, dense = any_length()
+    step, model = parse(text), dense.clone()
+    result = step(model)
+    for count in (15, 40):
+        x = torch.randn(2, count, 32, generator=torch.Generator().manual_seed(count))
+        outputs = run(model, Tiny("blocks", module, {"x": x}))
+        name = result.plan.outputs[0]
+        expected = step.twin(module, result).run({"x": x.numpy()}).outputs[name]
+        np.testing.assert_allclose(outputs[name], expected, atol=2e-5, rtol=1e-4)
 
 
 def test_rows_of_a_batch_lose_different_tokens() -> None:

@@ -203,7 +203,7 @@ class EncoderTwin:
 
 def _named(made: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
     """A model's outputs by the names of the graph's, in order."""
-    values = made.values() if hasattr(made, "values") else made if isinstance(made, tuple) else [made]
+    values = list(made.values()) if isinstance(made, Mapping) else made if isinstance(made, tuple) else [made]
     return {name: v.numpy() for name, v in zip(names, (v for v in values if v is not None), strict=False)}
 
 
