@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_golden import Golden
 from test_golden import text as text_of
+from typer.testing import CliRunner
 
+from trtpass import io
 from trtpass.anchors import find
+from trtpass.cli import app
 from trtpass.encoder_export import export_encoder
 from trtpass.errors import AnchorError, InputError
 from trtpass.passes import PassResult, all_methods, parse
@@ -204,7 +209,7 @@ def test_class_token_only_heads_get_no_rows_back() -> None:
     model.graph.append(node)
     model.graph.outputs[:] = [node.outputs[0]]
     result = parse("tome:r=3")(model)
-    assert "nothing is restored" in result.near_misses[0]
+    assert "nothing is restored" in result.notes[0]
     assert not any(n.op_type == "RestoreTokens" for n in model.graph)
     short = run(model, tiny)
     full = step_outputs("tome:r=3,restore=grid", tiny, dense)
@@ -335,3 +340,19 @@ def test_golden(name: str, text: str, golden: Golden) -> None:
         if label in line or line.startswith(("function", "metadata trtpass", "output", "reduc", "stream"))
     ]
     golden(f"reduction.{name}", "\n".join(new) + "\n")
+
+
+def test_rewrite_says_what_was_decided(tmp_path: Path) -> None:
+    tiny, dense = exported("clip")
+    io.save(dense.clone(), tmp_path / "clip.onnx")
+    out = tmp_path / "short.onnx"
+    words = ["rewrite", str(tmp_path / "clip.onnx"), "-p", "evit:keep=0.5", "-o", str(out), "--json"]
+    ran = CliRunner().invoke(app, words)
+    assert ran.exit_code == 0, ran.output
+    (record,) = json.loads(ran.stdout)["passes"]
+    assert record["name"] == "evit" and len(record["sites"]) == 2
+    assert "restore=auto: all rows are restored" in record["notes"][0]
+    _, _, model, _ = rewritten("clip", "evit:keep=0.5")
+    given = {name: x.numpy() for name, x in tiny.inputs.items()}
+    made = ort.InferenceSession(str(out)).run(None, given)[0]
+    np.testing.assert_allclose(made, run(model, tiny)["last_hidden_state"], atol=1e-6)

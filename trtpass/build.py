@@ -413,6 +413,7 @@ def _records(pipeline: Sequence[Pass], results: Sequence[PassResult], ladder: La
                 sites=len(layers),
                 layers=layers,
                 near_misses=list(result.near_misses),
+                notes=list(result.notes),
                 warnings=list(result.warnings),
                 pruned=round(1 - float(np.mean(kept)), 6) if kept else None,
             )

@@ -209,7 +209,7 @@ def rewrite_command(
         "output": str(output),
         "raised": raised.counts,
         "near_misses": raised.near_misses,
-        "passes": [dataclasses.asdict(r) for r in results],
+        "passes": [dataclasses.asdict(dataclasses.replace(r, plan=None)) for r in results],
     }
 
     def render(value: dict[str, Any]) -> str:
@@ -217,6 +217,7 @@ def rewrite_command(
         for r in results:
             lines.append(f"{r.name}: {len(r.sites)} sites" + ("" if r.modified else ", nothing changed"))
             lines += [f"  not at {reason}" for reason in r.near_misses]
+            lines += [f"  {note}" for note in r.notes]
             lines += [f"  warning: {warning}" for warning in r.warnings]
         return "\n".join(lines)
 

@@ -198,6 +198,7 @@ def _records(pipeline: Sequence[Pass], ladder: EncoderLadder) -> list[PassRecord
             sites=len(layers),
             layers=layers,
             near_misses=list(result.near_misses),
+            notes=list(result.notes),
             warnings=list(result.warnings),
         )
         if reducing([result]) and ladder.tokens.keys() >= set(layers):

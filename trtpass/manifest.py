@@ -37,6 +37,7 @@ class PassRecord(_Strict):
     sites: int
     layers: list[int]
     near_misses: list[str] = []
+    notes: list[str] = []
     warnings: list[str] = []
     pruned: float | None = None
     kept: float | None = None
@@ -199,6 +200,8 @@ def render(manifest: Manifest, folder: Path) -> Table:
         if record.tokens:
             path = " -> ".join(map(str, record.tokens))
             table.add_row("", f"tokens {path}; kept {record.kept or 0:.1%}, mean over all blocks")
+        for note in record.notes:
+            table.add_row("", escape(note))
         for warning in record.warnings:
             table.add_row("warning", f"[yellow]{escape(warning)}[/]")
     if manifest.page:

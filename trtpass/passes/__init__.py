@@ -40,7 +40,8 @@ class Site:
 @dataclass(frozen=True)
 class PassResult:
     """What a pass did. ``modified``: whether the graph changed; ``near_misses``: where it did not apply, and why;
-    ``warnings``: options that are legal and probably not meant; ``plan``: what a twin needs beside the options."""
+    ``notes``: decisions that options left open; ``warnings``: options that are legal and probably not meant; ``plan``:
+    what a twin needs beside the options."""
 
     name: str
     modified: bool
@@ -48,6 +49,7 @@ class PassResult:
     near_misses: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     plan: Any = None
 
 

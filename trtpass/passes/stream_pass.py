@@ -193,7 +193,8 @@ class StreamPass(Pass):
         # What a site made for later layers is of no use after the last one, and goes.
         live = {str(v.name) for node in model.graph for v in node.outputs if v.uses()}
         left = (Changed(s.layer, {role: v for role, v in s.values.items() if v in live}) for s in sites)
-        made = PassResult(self.name, True, tuple(left), plan.notes, self.describe(), self.options.warnings(), plan)
+        warnings = self.options.warnings()
+        made = PassResult(self.name, True, tuple(left), (), self.describe(), warnings, plan.notes, plan)
         return made, stream
 
     def _bias(self, model: ir.Model, stream: Stream, block: AttentionBlock) -> ir.Value:

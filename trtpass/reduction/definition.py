@@ -240,7 +240,7 @@ def restore_row(row: Row, cls: int, columns: int) -> Tensor:
 
 
 def components(x: Tensor, tau: float) -> list[list[int]]:
-    """Connected components of ``cos > tau`` of x `[n, E]`, ordered by the member of highest degree, ties to the lowest."""
+    """Connected components of ``cos > tau`` of x `[n, E]`, by their member of highest degree, ties to the lowest."""
     import torch
 
     unit = torch.nn.functional.normalize(x.float(), dim=-1)
