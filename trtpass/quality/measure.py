@@ -37,7 +37,7 @@ def measure(
     """Measure quality, dense against rewritten; write ``quality/`` and the manifest's ``quality``.
 
     Args:
-        engine_folder: an engine with a pass that has a coverage.
+        engine_folder: an engine with a pass that has a coverage, or of an encoder (``trtpass.quality.encoder_folder``).
         text: the text of the continuation task; None takes the public-domain one.
         short: the short form: two coverages, up to 2048 tokens, few samples.
 
@@ -48,6 +48,10 @@ def measure(
         InputError: not such an engine, no tokenizer, a text or a context that is too short, matplotlib missing.
         CheckFailed: a file has changed since the engine was built, or the layers are not those that its options name.
     """
+    if Manifest.read(engine_folder).kind == "encoder":
+        from trtpass.quality import encoder_folder
+
+        return encoder_folder.measure(engine_folder, text=text, short=short, report=report)
     return measure_plan(engine_folder, SHORT if short else FULL, text=text, report=report)
 
 

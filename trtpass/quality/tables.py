@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,10 @@ def render(result: dict[str, Any]) -> Group:
 
         parts: list[Any] = []
         shown = list(cache.grids(result))
+    elif "encoder" in result:
+        from trtpass.quality import encoder_tables
+
+        parts, shown = [], encoder_tables.grids(result)
     else:
         parts, shown = [*map(Text, facts(result)), ""], grids(result)
     for grid in shown:
@@ -40,6 +45,18 @@ def render(result: dict[str, Any]) -> Group:
             table.add_row(*map(Text, row))
         parts += [Text(grid.title, style="bold"), table, Text(grid.note), ""]
     return Group(*parts)
+
+
+def markdown(tables: Iterable[Grid]) -> str:
+    """Tables as Markdown."""
+    parts = []
+    for grid in tables:
+        rows = ["| " + " | ".join(cells) + " |" for cells in grid.rows]
+        marks = "| --- |" + " ---: |" * (len(grid.header) - 1)
+        parts.append(
+            "\n".join([f"**{grid.title}** ({grid.note})", "", "| " + " | ".join(grid.header) + " |", marks, *rows])
+        )
+    return "\n\n".join(parts) + "\n"
 
 
 def facts(result: dict[str, Any]) -> list[str]:

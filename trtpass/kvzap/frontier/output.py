@@ -10,6 +10,7 @@ from typing import Any
 from trtpass.errors import InputError
 from trtpass.kvzap.frontier import pictures
 from trtpass.kvzap.frontier.summary import FIXED, policies
+from trtpass.quality import tables
 from trtpass.quality.tables import Grid
 from trtpass.staging import replacing
 
@@ -33,7 +34,7 @@ def update_page(result_file: Path, page: Path) -> None:
     """
     try:
         result, text = json.loads(result_file.read_text(encoding="utf-8")), page.read_text(encoding="utf-8")
-        tables = markdown(result)
+        made = markdown(result)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"the tables of {result_file} cannot be put into {page}: {type(error).__name__} {error}", "a quality.json"
@@ -42,19 +43,12 @@ def update_page(result_file: Path, page: Path) -> None:
     _, end, tail = rest.partition(END)
     if not (begin and end):
         raise InputError(f"{page} lacks the marks {BEGIN} and {END}", "both, in this order")
-    _write(page, f"{head}{BEGIN}\n\n{tables}\n{END}{tail}".encode())
+    _write(page, f"{head}{BEGIN}\n\n{made}\n{END}{tail}".encode())
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """Every table as Markdown."""
-    parts = []
-    for grid in grids(result):
-        rows = ["| " + " | ".join(cells) + " |" for cells in grid.rows]
-        marks = "| --- |" + " ---: |" * (len(grid.header) - 1)
-        parts.append(
-            "\n".join([f"**{grid.title}** ({grid.note})", "", "| " + " | ".join(grid.header) + " |", marks, *rows])
-        )
-    return "\n\n".join(parts) + "\n"
+    return tables.markdown(grids(result))
 
 
 def grids(result: Mapping[str, Any]) -> Iterator[Grid]:
