@@ -77,6 +77,18 @@ class Span:
 
 
 @dataclass(frozen=True)
+class ImageSpan(Span):
+    """The ``stop`` tokens of each row that stand for an image, wherever they are; ``start`` is 0."""
+
+    def __str__(self) -> str:
+        return "auto"
+
+    def cut(self, layer: int, permille: int) -> tuple[Cut, Span]:
+        cut, after = super().cut(layer, permille)
+        return cut, ImageSpan(after.start, after.stop)
+
+
+@dataclass(frozen=True)
 class Cut:
     """A site's budget, as the attributes of KeepTokens say it; ``layer``: the first one with fewer keys."""
 

@@ -26,12 +26,14 @@ class SpanRow:
         prompt: P, how many of them are the prompt's.
         place: original position of each, `[S]`.
         owner: place in the stream of each original token, -1 where it has none, `[N]`.
+        image: which tokens of the stream stand for an image, bool `[S]`; None: a span says which tokens may go.
     """
 
     tokens: Tensor
     prompt: int
     place: Tensor
     owner: Tensor
+    image: Tensor | None = None
 
 
 @dataclass
@@ -93,9 +95,12 @@ def shorten(
 
     count = row.prompt
     q, k, tokens = q[:, :count], k[:, :count], row.tokens
-    start, stop = span.of(count)
-    inside = torch.zeros(count, dtype=torch.bool)
-    inside[start:stop] = True
+    if row.image is None:
+        start, stop = span.of(count)
+        inside = torch.zeros(count, dtype=torch.bool)
+        inside[start:stop] = True
+    else:
+        inside = row.image[:count]
     prob = causal_map(q, k, scale) if isinstance(options, FicocoLOptions) else None
     if seed is not None:
         raw = random_score(row.place[:count], seed)
@@ -126,6 +131,8 @@ def shorten(
     row.owner = torch.where(row.owner >= 0, moved[row.owner.clamp(min=0)], -1)
     row.tokens = torch.cat([kept, tokens[count:]])
     row.place = torch.cat([row.place[index], row.place[count:]])
+    if row.image is not None:
+        row.image = torch.cat([row.image[index], row.image[count:]])
     row.prompt = len(index)
     return SpanStep(score, keep, target)
 

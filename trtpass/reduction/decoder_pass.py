@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import onnx_ir as ir
@@ -11,40 +12,35 @@ import onnx_ir as ir
 from trtpass.anchors import Anchors, AttentionBlock
 from trtpass.errors import AnchorError, InputError
 from trtpass.ir import add_input, dims
+from trtpass.multimodal import decoder_of, describe
 from trtpass.passes import WHOLE_PROMPT_KEY, Pass, PassResult, Site, need_blocks
 from trtpass.passes.logits import lm_head
-from trtpass.reduction.decoder import SPAN_KEY, Cut, Shortened, Span
+from trtpass.reduction.decoder import SPAN_KEY, Cut, ImageSpan, Shortened, Span
 from trtpass.reduction.decoder_options import SpanOptions
 from trtpass.reduction.decoder_sites import SpanSite, heirs
-from trtpass.reduction.decoder_stream import insert_after, open_rows, report, restore, rotate
+from trtpass.reduction.decoder_stream import insert_after, open_rows, protect, report, restore, rotate, unmarked
 from trtpass.reduction.decoder_twin import SpanTwin, TwinSite
 from trtpass.reduction.emit import Emitter
 from trtpass.reduction.stream import Stream
 from trtpass.reduction.walk import follow, need_through, resize
 
 
-def visual_mask(model: ir.Model) -> ir.Value | None:
-    """The tokens of a multimodal graph that stand for an image, bool `[B, S]`; None where the graph has none.
-
-    Nothing recognises them yet: ``span=auto`` says so.
-    """
-    return None
-
-
 @dataclass(frozen=True)
 class Place:
     """A site to be: the ``block`` that chooses, the ``stream`` `[B, S, E]` that becomes shorter, the layer it is named
-    after, and the first ``layer`` whose keys are then fewer."""
+    after, the budget, the span before it, and with ``span=auto`` which tokens stand for an image, bool `[B, S]`."""
 
     block: AttentionBlock
     stream: ir.Value
     label: int
     cut: Cut
     span: Span
+    visual: ir.Value | None
 
 
 class SpanMethod(Pass):
-    """Drop tokens of a span from a causal decoder's stream, from chosen layers on, in prefill.
+    """Drop tokens of a span from the stream of a causal decoder, or of the language model of a multimodal graph, from
+    chosen layers on, in prefill.
 
     Subclasses choose places, score and join. The stream is whole again below lm_head: a dropped token gets the row of
     the one that it joined, so ``logits [B, S, V]`` keeps its shape. The graph also gives ``dropped`` int32
@@ -69,8 +65,8 @@ class SpanMethod(Pass):
         """Causal attention in every layer from the first site on, a token input, logits, and a span."""
         self.places(model, anchors)
 
-    def places(self, model: ir.Model, anchors: Anchors) -> list[Place]:
-        """Where tokens go, in order; empty where the options drop nothing.
+    def places(self, model: ir.Model, anchors: Anchors, span: Span | None = None) -> list[Place]:
+        """Where tokens go, in order; empty where the options drop nothing. ``span``: in place of the options' own.
 
         Raises:
             AnchorError: what is missing, and where the search stopped.
@@ -86,7 +82,10 @@ class SpanMethod(Pass):
         if anchors.input_ids is None:
             raise AnchorError(f"pass '{self.name}' found no token input", fix="see `trtpass inspect`")
         lm_head(anchors)
-        blocks, span = anchors.blocks, self._span(model)
+        found = describe(anchors) if self.options.span == "auto" else None
+        if span is None:
+            span = Span.parse(self.options.span, self.name) if found is None else ImageSpan(0, found.tokens)
+        blocks = decoder_of(anchors).blocks
         permille, made = self.options.permille, []
         for layer in self.options.chosen(len(blocks)):
             if permille == 1000:
@@ -99,7 +98,7 @@ class SpanMethod(Pass):
                     "x + attention(norm(x))",
                 )
             cut, after = span.cut(layer if self.before else layer + 1, permille)
-            made.append(Place(chooser, stream, layer, cut, span))
+            made.append(Place(chooser, stream, layer, cut, span, None if found is None else found.visual))
             span = after
         for block in blocks[made[0].block.layer :] if made else ():
             if not block.causal:
@@ -108,16 +107,6 @@ class SpanMethod(Pass):
                     "a causal decoder", "tome, evit and ficoco-v shorten encoders",
                 )  # fmt: skip
         return made
-
-    def _span(self, model: ir.Model) -> Span:
-        if self.options.span != "auto":
-            return Span.parse(self.options.span, self.name)
-        if visual_mask(model) is None:
-            raise AnchorError(
-                f"pass '{self.name}': span=auto, and no tokens of an image were found in the graph",
-                "a multimodal graph, or a span", "say which tokens may go, such as span=4:600 or span=4:-32",
-            )  # fmt: skip
-        raise AnchorError(f"pass '{self.name}': span=auto is not there yet", "a span such as 4:600")
 
     @property
     def least_tokens(self) -> int:
@@ -141,19 +130,25 @@ class SpanMethod(Pass):
             )
 
     def call(self, model: ir.Model, anchors: Anchors) -> PassResult:
-        graph, places = model.graph, self.places(model, anchors)
+        places = self.places(model, anchors)
         if not places:
             return PassResult(
                 self.name, False, (), ("nothing is dropped: every site keeps all of the span",), self.describe()
             )
+        return self.shorten(model, decoder_of(anchors), places)
+
+    def shorten(
+        self, model: ir.Model, anchors: Anchors, places: Sequence[Place], entry: tuple[Stream, Cut] | None = None
+    ) -> PassResult:
+        """Cut at ``places`` of the decoder ``anchors``; ``entry``: what an earlier cut, before layer 0, left."""
         hidden = lm_head(anchors).inputs[0]
         if hidden is None:  # excluded by lm_head
             raise AnchorError("lm_head reads nothing")
         batch = (dims(anchors.input_ids) or [None])[0]
-        lengths = add_input(graph, "lengths", ir.DataType.INT32, [batch])
-        stream: Stream | None = None
+        lengths = add_input(model.graph, "lengths", ir.DataType.INT32, [batch])
+        stream, cuts = (None, []) if entry is None else (entry[0], [entry[1]])
         sites: list[Site] = []
-        held = [lengths] * len(anchors.blocks)
+        held = [lengths if stream is None else stream.lengths] * len(anchors.blocks)
         for place in places:
             stream, site = self._shorten(model, place, stream, lengths, hidden)
             sites.append(site)
@@ -163,14 +158,14 @@ class SpanMethod(Pass):
         emit = Emitter(model, self.name.replace("-", "_"))
         restore(emit, stream, hidden)
         report(emit, lengths, held)
-        first = places[0]
-        least = max(first.span.least, 1)
-        record = Shortened(self.name, self.options.span, least, len(anchors.blocks), tuple(p.cut for p in places))
+        cuts += [place.cut for place in places]
+        least = max(cuts[0].drop + 1, places[0].span.least if places else 1)
+        record = Shortened(self.name, self.options.span, least, len(anchors.blocks), tuple(cuts))
         model.metadata_props[SPAN_KEY] = record.text()
         model.metadata_props[WHOLE_PROMPT_KEY] = self.name
         notes = ("below lm_head the stream is whole again: a dropped token has the row of the one that it joined",)
         low = (f"a site keeps {self.options.permille / 10:g}% of its span: below 5% quality is gone in the papers",)
-        return PassResult(self.name, True, tuple(sites), notes, self.describe(), low if self.options.low else ())
+        return PassResult(self.name, True, tuple(sites), (), self.describe(), low if self.options.low else (), notes)
 
     def _shorten(
         self, model: ir.Model, place: Place, stream: Stream | None, lengths: ir.Value, hidden: ir.Value
@@ -182,6 +177,8 @@ class SpanMethod(Pass):
         if stream is None:
             start = Emitter(model, f"{self.name.replace('-', '_')}.all")
             stream = open_rows(start, x, lengths)
+            if place.visual is not None:
+                stream.protected = unmarked(start, place.visual)
             opening = start.take()
         stream.tokens = x
         known = isinstance(stream.length, int)
@@ -201,6 +198,7 @@ class SpanMethod(Pass):
             "TrackTokens", [stream.owner, slot, rest, heirs(site, rest) if target is None else target, count],
             ["owner"], site.sizes(),
         )  # fmt: skip
+        protected = stream.protected if place.visual is None else protect(emit, stream, index, kept)
         insert_after(graph, x, opening + emit.take())
         for node, number in users:
             node.replace_input_with(number, tokens)
@@ -219,13 +217,15 @@ class SpanMethod(Pass):
         }
         if target is not None:
             roles["target"] = target
-        after = Stream(
-            tokens, stream.batch, kept, stream.original, owner, stream.place, stream.size, stream.protected, count
-        )
+        after = replace(stream, tokens=tokens, length=kept, owner=owner, protected=protected, lengths=count)
         return after, Site(place.label, {role: str(value.name) for role, value in roles.items()})
 
     def twin(self, module: Any, result: PassResult) -> SpanTwin:
         """The same edit on a transformers causal LM; see ``trtpass.reduction.decoder_twin``."""
+        if self.options.span == "auto":
+            from trtpass.reduction.multimodal_twin import MultimodalTwin
+
+            return MultimodalTwin(module, self, result)
         span, sites = Span.parse(self.options.span, self.name), []
         for site in result.sites:
             cut, after = span.cut(site.layer if self.before else site.layer + 1, self.options.permille)

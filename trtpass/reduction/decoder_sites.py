@@ -12,7 +12,7 @@ import onnx_ir as ir
 from trtpass.anchors import AttentionBlock
 from trtpass.ir import dims
 from trtpass.reduction import filters
-from trtpass.reduction.decoder import Cut, Span
+from trtpass.reduction.decoder import Cut, ImageSpan, Span
 from trtpass.reduction.decoder_options import FicocoLOptions
 from trtpass.reduction.emit import F32, I32, I64, Emitter
 from trtpass.reduction.options import ReductionOptions
@@ -76,6 +76,11 @@ class SpanSite:
 
         return self.once("range", make)
 
+    def valid(self) -> ir.Value:
+        """Whether a token is no padding, bool `[B, S]`."""
+        shape = [self.stream.batch, self.stream.length]
+        return self.once("valid", lambda: self.emit.node("Less", [self.range(), self.column()], "valid", BOOL, shape))
+
     def every_row(self) -> ir.Value:
         """``range`` for each row, int32 `[B, S]`."""
         emit, shape = self.emit, [self.stream.batch, self.stream.length]
@@ -91,6 +96,9 @@ class SpanSite:
         emit, shape = self.emit, [self.stream.batch, self.stream.length]
 
         def make() -> ir.Value:
+            if isinstance(self.span, ImageSpan):
+                free = emit.node("Equal", [self.stream.protected, emit.scalar(0, np.int32)], "free", BOOL, shape)
+                return emit.node("And", [free, self.valid()], "inside", BOOL, shape)
             start = emit.scalar(self.span.start - 1, np.int32)
             begun = emit.node("Greater", [self.range(), start], "begun", BOOL, [self.stream.length])
             end = self.column()
@@ -171,6 +179,10 @@ def text_rows(site: SpanSite) -> tuple[ir.Value, Any]:
     Rows that are none, of a shorter prompt, are 0.
     """
     emit, stream = site.emit, site.stream
+    if isinstance(site.span, ImageSpan):  # all rows; in place of the image's the one behind the last token, which is 0
+        shape = [stream.batch, stream.length]
+        index = emit.node("Where", [site.inside(), site.column(), site.every_row()], "text_row", I32, shape)
+        return site.rows(site.map(), index, "text_prob", stream.length), stream.length
     if site.span.relative:
         count: Any = -site.span.stop
         first = emit.node(

@@ -70,6 +70,14 @@ def rotate(graph: ir.Graph, emit: Emitter, course: Course, index: ir.Value, batc
         insert_after(graph, index, made)
 
 
+def unmarked(emit: Emitter, mask: ir.Value) -> ir.Value:
+    """1 where ``mask`` bool `[B, S]` is not set, int32 `[B, S]`."""
+    shape = dims(mask) or [None, None]
+    return emit.node(
+        "Cast", [emit.node("Not", [mask], "unmarked_bool", mask.dtype, shape)], "unmarked", I32, shape, to=int(I32)
+    )
+
+
 def protect(emit: Emitter, stream: Stream, index: ir.Value, count: object) -> ir.Value:
     """``protected`` of the tokens that stay, int32 `[B, C]`."""
     column = last_axis(emit, stream.protected, "protected_column")
