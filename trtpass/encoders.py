@@ -108,7 +108,7 @@ def _varies(value: ir.Value | None) -> bool:
     return False
 
 
-def _above(value: ir.Value) -> ir.Value | None:
+def above(value: ir.Value) -> ir.Value | None:
     """The varying input of a node that changes rows, adds positions or changes the layout; None elsewhere."""
     node = value.producer()
     if is_op(node, *_ROWWISE, "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"):
@@ -133,13 +133,13 @@ def _count_special(value: ir.Value, known: dict[ir.Value, int]) -> int:
     if node is None or is_op(node, "Transpose", "Reshape", "Flatten"):
         return 0
     if not is_op(node, "Concat") or int_attr(node, "axis", 0) not in (1, -2):
-        up = _above(value)
+        up = above(value)
         return 0 if up is None else _special(up, known)
     count = 0
     for part in node.inputs:
         if part is None:
             return count
-        cut = _sliced(part.producer())
+        cut = sliced(part.producer())
         inner = 0 if cut is None else _special(cut[2], known)
         size = None if (shape := dims(part)) is None or len(shape) != 3 else shape[1]
         if not _varies(part) and isinstance(size, int):
@@ -151,7 +151,7 @@ def _count_special(value: ir.Value, known: dict[ir.Value, int]) -> int:
     return count
 
 
-def _sliced(node: ir.Node | None) -> tuple[int, int, ir.Value] | None:
+def sliced(node: ir.Node | None) -> tuple[int, int, ir.Value] | None:
     """(start, end, x) of a Slice along the tokens of x ``[B, S, E]``."""
     if not is_op(node, "Slice") or len(node.inputs) < 4 or node.inputs[0] is None:
         return None
@@ -176,12 +176,12 @@ def _patches(value: ir.Value, cls: int) -> tuple[tuple[int, int] | None, str]:
             return (shape[2], shape[3]), ""
         if is_op(node, "Concat") and cls:
             part = next((v for v in reversed(node.inputs) if _varies(v)), None)
-            cut = None if part is None else _sliced(part.producer())
+            cut = None if part is None else sliced(part.producer())
             up = cut[2] if cut is not None else part
         elif is_op(node, "Transpose") and not _keeps_order(node):
             return None, f"'{node.name}' swaps rows and columns"
         else:
-            up = _above(value)
+            up = above(value)
         if up is None:
             name = f"the input '{value.name}'" if node is None else f"{node.op_type} '{node.name}'"
             return None, f"no convolution above the token stream: the search stopped at {name}"
@@ -238,7 +238,7 @@ def _step(
         if index == [0]:
             return "cls", f"{at} takes token 0", None
         return "tokens", f"{at} takes tokens {index if index is not None else 'by index'}", None
-    if is_op(node, "Slice") and (cut := _sliced(node)) is not None:
+    if is_op(node, "Slice") and (cut := sliced(node)) is not None:
         if (cut[0], cut[1]) == (0, 1):
             return "cls", f"{at} takes token 0", None
         if cut[0] == cls and cut[1] >= 2**31 - 1:
