@@ -26,6 +26,7 @@ from trtpass.manifest import Manifest, render
 from trtpass.passes.lower import Lowered
 from trtpass.reduction import definition
 from trtpass.runtime import Engine
+from trtpass.trt.lower import faults, plugin_nodes
 from trtpass.validate import validate
 
 Build = Callable[..., tuple[Manifest, Path]]
@@ -231,6 +232,15 @@ def test_plans_of_fixed_sizes_for_two_generations(tmp_path: Path, passes: list[s
         Engine.open(folder)
 
 
+def test_graphs_for_tensorrt_are_written_where_no_plan_can_be_built(file: Path, tmp_path: Path) -> None:
+    manifest, folder = build(Request(str(file), [TOME], "tensorrt", ("90",), tmp_path))
+    graph = io.load(folder / "engine.batch1.onnx")
+    assert {"RowDirections", "MatchRows"} <= {node.op_type for node in plugin_nodes(graph)}  # BipartiteMatch
+    assert faults(graph) == [] and not manifest.checks.failed
+    if manifest.unbuilt:
+        assert manifest.unbuilt in manifest.checks.engine.reason
+
+
 def test_a_wrong_graph_of_a_plan_fails(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ladder = encoder_checks.EncoderLadder.engine
     right = encoder_checks.inline_bodies
@@ -242,7 +252,7 @@ def test_a_wrong_graph_of_a_plan_fails(copy: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(encoder_checks, "inline_bodies", wrong)
     monkeypatch.setattr(encoder_checks.EncoderLadder, "engine", lambda self, *_: ladder(self, "tensorrt-rtx"))
     checks = validate(copy)
-    assert checks.failed == ["engine"] and "a plan's graph" in checks.engine.reason
+    assert checks.failed == ["engine"] and "A plan's graph" in checks.engine.reason
 
 
 def test_plans_are_named_by_their_sizes() -> None:

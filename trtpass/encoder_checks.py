@@ -184,7 +184,7 @@ class EncoderLadder:
             room = tuple(slice(min(sizes)) for sizes in zip(made[name].shape, expected[name].shape, strict=True))
             made[name], expected[name] = np.array(made[name][room]), np.array(expected[name][room])
         check = self._judge(
-            made, expected, ATOL, RTOL, note="a plan's graph, in float32 on a CPU, and the rewritten one"
+            made, expected, ATOL, RTOL, note="A plan's graph, in float32 on a CPU, and the rewritten one"
         )
         if check.status == "failed":
             return check

@@ -128,13 +128,16 @@ def _type(port: Port, dtype: str) -> ir.DataType:
 
 
 def _replace(node: ir.Node, steps: Sequence[Step], dtype: str) -> None:
-    """One plugin node for each step, in the place of ``node``."""
+    """One plugin node for each step, in the place of ``node``, with casts around it where others use float32."""
     op, graph = all_ops()[node.op_type], node.graph
     if not isinstance(graph, ir.Graph):
         raise InputError(f"node '{node.name}' belongs to no graph")
-    values: dict[str, ir.Value | None] = dict(zip((p.name for p in op.inputs), node.inputs, strict=True))
-    known = {port.name: dims(value) for port, value in zip(op.outputs, node.outputs, strict=True)}
     made: list[ir.Node] = []
+    values: dict[str, ir.Value | None] = {
+        port.name: _cast(value, _type(port, dtype), made) if port.floating else value
+        for port, value in zip(op.inputs, node.inputs, strict=True)
+    }
+    known = {port.name: dims(value) for port, value in zip(op.outputs, node.outputs, strict=True)}
     for call in calls(op, steps, attributes_of(op, node), _shapes(node)):
         step, outputs = call.step, []
         for port, name in zip(step.op.outputs, step.outputs, strict=True):
@@ -151,8 +154,20 @@ def _replace(node: ir.Node, steps: Sequence[Step], dtype: str) -> None:
         new.metadata_props.update(node.metadata_props)
         values.update(zip(step.outputs, new.outputs, strict=True))
         made.append(new)
-    ends = [values[port.name] for port in op.outputs]
+    ends = [
+        _cast(values[port.name], old.dtype, made) if port.floating else values[port.name]
+        for port, old in zip(op.outputs, node.outputs, strict=True)
+    ]
     ir.convenience.replace_nodes_and_values(graph, node, [node], made, node.outputs, ends)  # type: ignore[arg-type]
+
+
+def _cast(value: ir.Value | None, dtype: ir.DataType | None, made: list[ir.Node]) -> ir.Value | None:
+    """``value`` in ``dtype``; a Cast is added to ``made`` where it is known to have another."""
+    if value is None or None in (value.dtype, dtype) or value.dtype == dtype:
+        return value
+    name = f"{value.name}.{str(dtype).lower()}.{len(made)}"
+    made.append(make_node("Cast", [value], [(name, dtype, dims(value))], {"to": int(dtype)}))  # type: ignore[arg-type]
+    return made[-1].outputs[0]
 
 
 def plugin_nodes(model: ir.Model) -> list[ir.Node]:
