@@ -23,7 +23,7 @@ from trtpass.anchors import find
 from trtpass.build import DENSE
 from trtpass.canonicalize import canonicalize
 from trtpass.corpus import text_corpus
-from trtpass.errors import CheckFailed, TrtpassError
+from trtpass.errors import CheckFailed, InputError, TrtpassError
 from trtpass.manifest import Manifest
 from trtpass.passes.cache import insert_cache
 from trtpass.passes.lower import lower
@@ -39,7 +39,7 @@ from trtpass.text import Tokenizer
 
 START, BEHIND = 4, 32  # the span is START:-BEHIND: the document without its ends, and without the question
 SITES = 3  # of ficoco-l, by default
-DEEP = "fastv, half depth"
+DEEP = ", half depth"
 FILES = ("span_quality.json", "span_quality.md", "span_quality.png")
 
 
@@ -57,12 +57,14 @@ SHORT = Plan((0.5,), ((300, 1),), ((300, 1),), 8)
 
 
 def settings(plan: Plan, layers: int) -> list[tuple[str, float, str]]:
-    """Method, kept share of the span, and the pass in words (empty: dense). FastV also at half the depth."""
-    span, made = f"span={START}:-{BEHIND}", [("dense", 1.0, "")]
+    """Method, kept share of the span, and the pass in words (empty: dense). Both methods also at half the depth."""
+    span, made, half = f"span={START}:-{BEHIND}", [("dense", 1.0, "")], layers // 2
     for kept in plan.kept:
         made.append(("fastv", kept, f"fastv:{span},ratio={1 - kept:g}"))
-        made.append((DEEP, kept, f"fastv:{span},ratio={1 - kept:g},layer={layers // 2}"))
-        made.append(("ficoco-l", kept, f"ficoco-l:{span},keep={kept ** (1 / SITES):.3f}"))
+        made.append((f"fastv{DEEP}", kept, f"fastv:{span},ratio={1 - kept:g},layer={half}"))
+        keep = f"keep={kept ** (1 / SITES):.3f}"
+        made.append(("ficoco-l", kept, f"ficoco-l:{span},{keep}"))
+        made.append((f"ficoco-l{DEEP}", kept, f"ficoco-l:{span},{keep},layers={half}-{half + SITES - 1}"))
         made.append(("random-span", kept, f"random-span:{span},ratio={1 - kept:g}"))
     return made
 
@@ -70,7 +72,7 @@ def settings(plan: Plan, layers: int) -> list[tuple[str, float, str]]:
 def measure(
     folder: Path, out: Path, plan: Plan, report: Report = silent, text: Path | None = None, threads: int | None = None
 ) -> dict[str, Any]:
-    """Measure all settings; the files of ``out`` are written anew after each of them.
+    """Measure all settings that ``out`` does not hold yet; its files are written anew after each of them.
 
     Args:
         folder: an engine of the model, of any method: its dense graph and its tokenizer are read.
@@ -85,10 +87,14 @@ def measure(
     tasks = _tasks(Tokenizer.open(folder), text_corpus(text), plan)
     out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
-        "model": manifest.model, "scored": plan.scored, "span": f"{START}:-{BEHIND}", "results": []
+        "model": manifest.model, "span": f"{START}:-{BEHIND}", "scored": plan.scored,
+        "passkeys": [list(pair) for pair in plan.passkeys], "documents": [list(pair) for pair in plan.documents],
     }  # fmt: skip
+    result["results"] = _done(out / FILES[0], result)
     every = settings(plan, len(find(io.load(folder / DENSE)).blocks))
     for number, (method, kept, words) in enumerate(every):
+        if any((row["method"], row["kept"]) == (method, kept) for row in result["results"]):
+            continue
         report(f"{method} {kept:g}", number / len(every))
         engine = _engine(folder / DENSE, words, threads)
         result["results"] += [
@@ -96,6 +102,24 @@ def measure(
         ]
         _write(result, out)
     return result
+
+
+def _done(file: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier run with the same ``header``, empty without one.
+
+    Raises:
+        InputError: ``file`` is of another model or plan, or no result.
+    """
+    if not file.is_file():
+        return []
+    try:
+        found = json.loads(file.read_bytes())
+        rows = found.pop("results")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"'{file}' is not a result of this program", "an empty folder") from error
+    if found != header:
+        raise InputError(f"'{file}' holds another measurement: {found}", f"{header}", "give another folder")
+    return list(rows)
 
 
 def _tasks(tokenizer: Tokenizer, text: str, plan: Plan) -> dict[tuple[str, int], list[Sample]]:
@@ -182,7 +206,10 @@ def picture(result: dict[str, Any]) -> bytes:
     axes = dict(zip(("passkey", "text"), figure.subplots(1, 2), strict=True))
     rows = result["results"]
     dense = {(r["task"], r["tokens"]): r for r in rows if r["method"] == "dense"}
-    colours = {"fastv": "#1b6ca8", "ficoco-l": "#d1603d", "random-span": "#7a7a7a", DEEP: "#3c8d5a"}
+    colours = {
+        "fastv": "#1b6ca8", f"fastv{DEEP}": "#3c8d5a", "ficoco-l": "#d1603d", f"ficoco-l{DEEP}": "#7a4fa3",
+        "random-span": "#7a7a7a",
+    }  # fmt: skip
     for number, (task, tokens) in enumerate(dense):
         for method, colour in colours.items():
             own = sorted(
