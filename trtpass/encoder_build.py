@@ -130,6 +130,14 @@ def build_encoder(job: Job) -> Manifest:
     report("rewriting", 0.30)
     rewritten = dense.clone()
     results = passes.run(rewritten, job.pipeline)
+    added = [str(v.name) for v in rewritten.graph.inputs if str(v.name) not in probe.feed]
+    if added:
+        raise InputError(
+            f"{', '.join(step.name for step in job.pipeline)}: the graph of '{job.recipe.name}' gets the input "
+            f"'{added[0]}', and no engine of one graph has that yet",
+            "methods of encoders, or a decoder with input_ids alone",
+            "apply it with `trtpass rewrite`",
+        )
     write_graph(rewritten, work / REWRITTEN)
     report(f"lowering to {request.target}", 0.35)
     lowered = _lower(job, rewritten, chosen)
