@@ -1,6 +1,7 @@
 """``scc`` and ``scc-two-step`` (LLaVA-Scissor, arXiv 2506.21862): tokens linked by similarity become their mean.
 
-One site, between attention and MLP of the block ``layer``: the stream is cut into semantic connected components, exact
+One site: between attention and MLP of an encoder's block ``layer``, or where the image features of a multimodal graph
+enter its decoder (``layer=projector``, the paper's place). The stream is cut into semantic connected components, exact
 and in any number; ``trtpass.scc`` is the same for arrays. How many tokens go on depends on the data.
 """
 
@@ -15,8 +16,14 @@ import onnx_ir as ir
 from trtpass.anchors import Anchors, AttentionBlock
 from trtpass.errors import InputError
 from trtpass.ir import dims
-from trtpass.passes.stream_pass import Plan, StreamPass
+from trtpass.multimodal import describe, parts
+from trtpass.passes import WHOLE_PROMPT_KEY, PassResult
+from trtpass.passes.logits import lm_head
+from trtpass.passes.stream_pass import REDUCED_KEY, Plan, StreamPass
+from trtpass.reduction.decoder_options import SpanOptions
 from trtpass.reduction.emit import F32, I32, Emitter
+from trtpass.reduction.multimodal_scc import merge_features
+from trtpass.reduction.multimodal_twin import MultimodalPlan, MultimodalTwin
 from trtpass.reduction.options import LOW_KEEP, RESTORES, Budget, need
 from trtpass.reduction.scc import Connected, connect
 from trtpass.reduction.stream import Stream
@@ -25,13 +32,18 @@ if TYPE_CHECKING:
     from trtpass.encoders import Encoder
 
 
+PROJECTOR = "projector"  # the place of image features in a multimodal graph
+
+
 @dataclass(frozen=True)
 class SccOptions:
     """Options of ``scc``.
 
     Args:
         tau: cosine above which two tokens are linked. Above 1 nothing merges, below -1 everything does.
-        layer: the block after whose attention the stream is merged, from 0; ``auto``: half way.
+        layer: the block of an encoder after whose attention the stream is merged, from 0; ``projector``: the image
+            features of a multimodal graph, whose decoder then carries fewer tokens; ``auto``: the projector where there
+            is one, half way through any other encoder.
         max_keep: share of the tokens that there is room for, in (0, 1]; targets with fixed shapes save only what this
             cuts. What does not fit joins the most similar representative.
         proportional: keys count as often as their token's size in attention.
@@ -49,7 +61,8 @@ class SccOptions:
     def __post_init__(self) -> None:
         name = self.pass_name
         need(name, self.tau == self.tau, "tau is NaN", "a number")
-        need(name, self.layer == "auto" or self.layer.isdecimal(), f"layer={self.layer}", "auto or a block's number")
+        known = self.layer in ("auto", PROJECTOR) or self.layer.isdecimal()
+        need(name, known, f"layer={self.layer}", f"auto, {PROJECTOR} or a block's number")
         need(name, 0.0 < self.max_keep <= 1.0, f"max_keep={self.max_keep}", "a share in (0, 1]")
         need(name, self.restore in RESTORES, f"restore={self.restore}", f"one of {', '.join(RESTORES)}")
         need(name, self.cls == "auto" or self.cls.isdecimal(), f"cls={self.cls}", "auto or a number of tokens")
@@ -109,6 +122,31 @@ class Scc(StreamPass):
     source: ClassVar[str] = "LLaVA-Scissor, arXiv 2506.21862"
     Options: ClassVar[type] = SccOptions
     options: SccOptions
+
+    def requires(self, model: ir.Model, anchors: Anchors) -> None:
+        if not self._at_projector(anchors):
+            return super().requires(model, anchors)
+        for key in (REDUCED_KEY, WHOLE_PROMPT_KEY):
+            if model.metadata_props.get(key):
+                raise InputError(
+                    f"pass '{self.name}': the graph was shortened by {model.metadata_props[key]}", "one reduction"
+                )
+        describe(anchors)
+        lm_head(anchors)
+
+    def call(self, model: ir.Model, anchors: Anchors) -> PassResult:
+        if not self._at_projector(anchors):
+            return super().call(model, anchors)
+        sites, notes, plan = merge_features(model, anchors, self.name, self.options.connected)
+        return PassResult(self.name, True, sites, (), self.describe(), self.options.warnings(), notes, plan)
+
+    def twin(self, module: Any, result: PassResult) -> Any:
+        if not isinstance(result.plan, MultimodalPlan):
+            return super().twin(module, result)
+        return MultimodalTwin(module, SpanOptions(), result.plan)
+
+    def _at_projector(self, anchors: Anchors) -> bool:
+        return self.options.layer == PROJECTOR or (self.options.layer == "auto" and parts(anchors) is not None)
 
     def sites(self, anchors: Anchors, cls: int) -> list[tuple[int, Budget]]:
         blocks = len(anchors.blocks)

@@ -57,6 +57,8 @@ class Plan:
         columns: of the token grid, 0 where none is known.
         restore: whether the head gets all rows back.
         notes: decisions in words.
+        outputs: of the graph before.
+        depth: blocks of the stream.
     """
 
     encoder: Encoder
@@ -66,7 +68,8 @@ class Plan:
     columns: int
     restore: bool
     notes: tuple[str, ...]
-    outputs: tuple[str, ...]  # of the graph before
+    outputs: tuple[str, ...]
+    depth: int
 
 
 class StreamPass(Pass):
@@ -114,7 +117,7 @@ class StreamPass(Pass):
         columns = self.columns(encoder, cls, restore, notes)
         names = tuple(str(v.name) for v in model.graph.outputs)
         blocks, budgets = tuple(i for i, _ in sites), tuple(b for _, b in sites)
-        return Plan(encoder, blocks, budgets, cls, columns, restore, tuple(notes), names)
+        return Plan(encoder, blocks, budgets, cls, columns, restore, tuple(notes), names, len(anchors.blocks))
 
     @abc.abstractmethod
     def sites(self, anchors: Anchors, cls: int) -> list[tuple[int, Budget]]:

@@ -125,6 +125,11 @@ class Shortened:
     layers: int
     cuts: tuple[Cut, ...]
 
+    @staticmethod
+    def by_data(method: str) -> str:
+        """The property of a graph from which ``method`` drops as many tokens as the data says."""
+        return json.dumps({"method": method, "data": True})
+
     def text(self) -> str:
         return json.dumps(asdict(self))
 
@@ -139,6 +144,11 @@ class Shortened:
             return None
         try:
             given = json.loads(text)
+            if set(given) == {"method", "data"}:
+                raise InputError(
+                    f"how many tokens '{given['method']}' drops depends on the data: there are no caches for it yet",
+                    "a graph without caches", "use `trtpass rewrite`",
+                )  # fmt: skip
             cuts = tuple(Cut(**{key: int(value) for key, value in cut.items()}) for cut in given.pop("cuts"))
             made = Shortened(cuts=cuts, **given)
             good = isinstance(made.method, str) and isinstance(made.span, str)

@@ -165,7 +165,9 @@ class SpanMethod(Pass):
         model.metadata_props[WHOLE_PROMPT_KEY] = self.name
         notes = ("below lm_head the stream is whole again: a dropped token has the row of the one that it joined",)
         low = (f"a site keeps {self.options.permille / 10:g}% of its span: below 5% quality is gone in the papers",)
-        return PassResult(self.name, True, tuple(sites), (), self.describe(), low if self.options.low else (), notes)
+        warnings = low if self.options.low else ()
+        plan = tuple(TwinSite(place.label, place.cut, place.span, self.before) for place in places)
+        return PassResult(self.name, True, tuple(sites), (), self.describe(), warnings, notes, plan)
 
     def _shorten(
         self, model: ir.Model, place: Place, stream: Stream | None, lengths: ir.Value, hidden: ir.Value
@@ -222,13 +224,9 @@ class SpanMethod(Pass):
 
     def twin(self, module: Any, result: PassResult) -> SpanTwin:
         """The same edit on a transformers causal LM; see ``trtpass.reduction.decoder_twin``."""
+        seed = getattr(self.options, "seed", None)
         if self.options.span == "auto":
-            from trtpass.reduction.multimodal_twin import MultimodalTwin
+            from trtpass.reduction.multimodal_twin import MultimodalPlan, MultimodalTwin
 
-            return MultimodalTwin(module, self, result)
-        span, sites = Span.parse(self.options.span, self.name), []
-        for site in result.sites:
-            cut, after = span.cut(site.layer if self.before else site.layer + 1, self.options.permille)
-            sites.append(TwinSite(site.layer, cut, span, self.before))
-            span = after
-        return SpanTwin(module, self.options, sites, getattr(self.options, "seed", None))
+            return MultimodalTwin(module, self.options, MultimodalPlan(result.plan), seed)
+        return SpanTwin(module, self.options, result.plan, seed)

@@ -101,10 +101,33 @@ class SpanTwin:
         """Hidden states `[N, E]` and logits `[steps + 1, V]` of one row, and what its sites chose."""
         import torch
 
-        halves, count = halves_of(self.module), len(ids)
+        count = len(ids)
+        row = SpanRow(torch.empty(0), count - steps, torch.arange(count), torch.arange(count))
+        positions = torch.arange(count)[None]
+
+        def run() -> Tensor:
+            out = self.module.model(input_ids=torch.from_numpy(ids)[None], position_ids=positions, use_cache=False)
+            return out.last_hidden_state[0]
+
+        with torch.inference_mode():
+            hidden, made = self.carry(self.module, row, run, forced)
+            logits = self.module.lm_head(hidden[count - steps - 1 :])
+        return hidden.numpy(), logits.numpy(), made
+
+    def carry(
+        self,
+        language: Any,
+        row: SpanRow,
+        run: Callable[[], Tensor],
+        forced: Mapping[int, tuple[np.ndarray, np.ndarray | None]] | None,
+    ) -> tuple[Tensor, dict[int, SpanStep]]:
+        """Hidden states `[N, E]` of all tokens of a row that ``run`` takes through the layers of ``language``, and what
+        the sites chose."""
+        import torch
+
+        halves = halves_of(language)
         seen: dict[str, Any] = {}
         made: dict[int, SpanStep] = {}
-        row = SpanRow(torch.empty(0), count - steps, torch.arange(count), torch.arange(count))
 
         def attend(_: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **__: Any) -> Any:
             seen.update(q=q[0], k=k[0], scale=scaling)
@@ -142,15 +165,11 @@ class SpanTwin:
 
             return forward
 
-        with ExitStack() as stack, torch.inference_mode():
+        with ExitStack() as stack:
             stack.enter_context(attention(halves.config, attend))
             for layer, block in enumerate(halves.blocks):
                 stack.enter_context(_replaced(block, split(layer, block, block.forward)))
-            positions = torch.arange(count)[None]
-            out = self.module.model(input_ids=torch.from_numpy(ids)[None], position_ids=positions, use_cache=False)
-            hidden = whole(row, out.last_hidden_state[0])
-            logits = self.module.lm_head(hidden[count - steps - 1 :])
-        return hidden.numpy(), logits.numpy(), made
+            return whole(row, run()), made
 
     @staticmethod
     def _given(at: TwinSite, prompt: int, forced: tuple[np.ndarray, np.ndarray | None]) -> tuple[Any, Any]:

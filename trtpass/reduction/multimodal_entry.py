@@ -56,7 +56,7 @@ def enter(
     length: Any = ir.SymbolicDim(f"{emit.label}.tokens")
     sizes = {"B": stream.batch, "S": stream.length, "C": stream.length if kept is None else length, "M": None}
     index, count, _, slot = emit.op(
-        "IndexTokens", [keep, lengths], ["places", "count", "rest", "slot"], sizes, fixed=0, **every
+        "IndexTokens", [keep, lengths], ["places", "stay", "rest", "slot"], sizes, fixed=0, **every
     )
     if kept is None:
         (index,) = emit.op("TrimIndex", [index, count], ["index"], {"B": stream.batch, "C": length})

@@ -98,7 +98,11 @@ class EncoderTwin:
         options: the pass's options.
         plan: what the pass decided on the graph: blocks, budgets, protected tokens, grid, restore.
         step: one site on one row: ``StreamPass.step``.
+
+    After a run that restored all rows, ``rows`` are those of the batch at the end of the stream.
     """
+
+    rows: list[Row]
 
     def __init__(self, module: Any, options: StreamOptions, plan: Plan, step: Callable[..., Step]) -> None:
         self.module, self.options, self.plan, self.step = module, options, plan, step
@@ -137,10 +141,12 @@ class EncoderTwin:
                     h = self._site(layer, h, seen, state, selections, forced)
                     with _silent(halves.attention(block), True):
                         out = before(h, *args, **kwargs)
-                if layer == len(halves.blocks) - 1 and self.restore and state:
-                    for row, tokens in zip(state["rows"], _tensor(out), strict=True):
+                if layer == self.plan.depth - 1 and self.restore and state:
+                    rows = state.pop("rows")
+                    for row, tokens in zip(rows, _tensor(out), strict=True):
                         row.tokens = tokens
-                    return torch.stack([restore_row(row, self.cls, self.columns) for row in state["rows"]])
+                    self.rows = rows
+                    return torch.stack([restore_row(row, self.cls, self.columns) for row in rows])
                 return out
 
             return forward
