@@ -57,7 +57,7 @@ SHORT = Plan((0.5,), ((300, 1),), ((300, 1),), 8)
 
 
 def settings(plan: Plan, layers: int) -> list[tuple[str, float, str]]:
-    """Method, kept share of the span, and the pass in words (empty: dense). Both methods also at half the depth."""
+    """Method, kept share of the span, and the pass in words (empty: dense). Each method also at half the depth."""
     span, made, half = f"span={START}:-{BEHIND}", [("dense", 1.0, "")], layers // 2
     for kept in plan.kept:
         made.append(("fastv", kept, f"fastv:{span},ratio={1 - kept:g}"))
@@ -66,6 +66,7 @@ def settings(plan: Plan, layers: int) -> list[tuple[str, float, str]]:
         made.append(("ficoco-l", kept, f"ficoco-l:{span},{keep}"))
         made.append((f"ficoco-l{DEEP}", kept, f"ficoco-l:{span},{keep},layers={half}-{half + SITES - 1}"))
         made.append(("random-span", kept, f"random-span:{span},ratio={1 - kept:g}"))
+        made.append((f"random-span{DEEP}", kept, f"random-span:{span},ratio={1 - kept:g},layer={half}"))
     return made
 
 
@@ -115,7 +116,7 @@ def _done(file: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         found = json.loads(file.read_bytes())
         rows = found.pop("results")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"'{file}' is not a result of this program", "an empty folder") from error
     if found != header:
         raise InputError(f"'{file}' holds another measurement: {found}", f"{header}", "give another folder")
@@ -209,6 +210,7 @@ def picture(result: dict[str, Any]) -> bytes:
     colours = {
         "fastv": "#1b6ca8", f"fastv{DEEP}": "#3c8d5a", "ficoco-l": "#d1603d", f"ficoco-l{DEEP}": "#7a4fa3",
         "random-span": "#7a7a7a",
+        f"random-span{DEEP}": "#c4c4c4",
     }  # fmt: skip
     for number, (task, tokens) in enumerate(dense):
         for method, colour in colours.items():
