@@ -104,6 +104,15 @@ def test_options(text: str) -> None:
     check_twin("vit", text)
 
 
+@pytest.mark.parametrize(
+    ("text", "kept"), [("ficoco-v:r=4", 22), ("random-tokens:keep=0.5,layers=1", 14), ("evit:r=5,layers=0", 21)]
+)
+def test_a_budget_takes_the_place_of_the_presets_own(text: str, kept: int) -> None:
+    tiny, _, model, result = rewritten("vit", text)
+    keep = run(model, tiny, (result.sites[0].values["keep"],))[result.sites[0].values["keep"]]
+    assert keep.sum(1).tolist() == [kept, kept]
+
+
 @pytest.mark.parametrize("text", ["tome:r=0", "evit:keep=1", "ficoco-v:keep=1", "random-tokens:r=0+0+0"])
 def test_identity_leaves_the_graph_alone(text: str) -> None:
     _, _, model, result = rewritten("vit", text)
@@ -231,6 +240,7 @@ def step_outputs(text: str, tiny: Tiny, dense: ir.Model) -> Arrays:
         ("random-tokens:r=25", "drops 25 of 26 tokens"),
         ("tome:r=-1", "r=-1"),
         ("tome:r=1,keep=0.5", "one of the two"),
+        ("ficoco-v:r=2,keep=0.5", "one of the two"),
         ("evit:keep=0", "a share in"),
         ("evit:correlate=tome", "correlate=tome with compress=fuse"),
         ("ficoco-v:grid=4x4", "grid=4x4 has 16 places"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from trtpass.errors import InputError
 
@@ -93,7 +93,8 @@ class ReductionOptions:
             "correlate=none with compress=fuse or drop, a correlation with compress=size or mean",
         )
         need(name, 0.0 < self.keep <= 1.0, f"keep={self.keep}", "a share in (0, 1]")
-        need(name, not (self.r and self.keep < 1.0), f"r={self.r} and keep={self.keep}", "one of the two")
+        both = self._given("r") and self._given("keep")
+        need(name, not (both and self.r and self.keep < 1.0), f"r={self.r} and keep={self.keep}", "one of the two")
         need(name, -1.0 <= self.inflect <= 1.0, f"inflect={self.inflect}", "-1 to 1")
         need(name, 0.0 <= self.lam <= 1.0, f"lam={self.lam}", "0 to 1")
         need(name, 0.0 < self.eps <= 1.0, f"eps={self.eps}", "a quantile in (0, 1]")
@@ -121,9 +122,13 @@ class ReductionOptions:
         low = self.keep < LOW_KEEP
         return (f"keep={self.keep} is below 5%: quality is gone in the papers",) if low else ()
 
+    def _given(self, option: str) -> bool:
+        """Whether an option differs from the default of its pass."""
+        return bool(getattr(self, option) != next(f.default for f in fields(self) if f.name == option))
+
     def figures(self) -> tuple[int, ...]:
-        """The figures of ``r``; empty where there are none."""
-        parts = self.r.split("+") if self.r else []
+        """The figures of ``r``; empty where there are none, or where ``keep`` was given in place of a pass's own r."""
+        parts = self.r.split("+") if self.r and not (self._given("keep") and not self._given("r")) else []
         need(
             self.pass_name,
             all(part.isdecimal() for part in parts),
@@ -170,5 +175,5 @@ class ReductionOptions:
             raise InputError(
                 f"{self.pass_name}: r={self.r} has {len(figures)} figures for {sites} layers", "one, or one a layer"
             )
-        permille = max(1, round(self.keep * 1000))
+        permille = 1000 if figures else max(1, round(self.keep * 1000))
         return tuple(Budget(fixed, permille, drop) for drop in figures or (0,) * sites)
