@@ -127,8 +127,7 @@ def heat_maps(sides: Sides, short: bool) -> Measured:
     """Heat maps of photos: correlation, and IoU at 0.5."""
     from graphs.dinov2_saliency import photos
 
-    every = photos()
-    shown = dict(list(every.items())[:1]) if short else every
+    shown = dict(list(photos().items())[: 1 if short else None])
     inputs, output = encoder_photos.feeds(shown), encoder_photos.OUTPUT
     dense = {name: _finite(sides.dense(feed)[output], f"the dense heat map of {name}") for name, feed in inputs.items()}
     made = {name: _finite(sides.engine(feed)[output], f"the heat map of {name}") for name, feed in inputs.items()}
@@ -138,12 +137,8 @@ def heat_maps(sides: Sides, short: bool) -> Measured:
         fit = encoder_photos.Fidelity.of(dense[name], made[name])
         samples[name] = {"correlation": fit.correlation, "iou": fit.iou, "kept": seen[name].kept}
     mean, overlap = (float(np.mean([cell[key] for cell in samples.values()])) for key in ("correlation", "iou"))
-    maps = [("dense", dense), ("engine", made)]
-    pictures = {
-        "heat_maps.png": encoder_plots.heat_maps(
-            shown, [(title, {n: m[0, 0] for n, m in every.items()}) for title, every in maps]
-        )
-    }
+    maps = [(side, {name: one[0, 0] for name, one in of.items()}) for side, of in (("dense", dense), ("engine", made))]
+    pictures = {"heat_maps.png": encoder_plots.heat_maps(shown, maps)}
     owners = {name: one.owner for name, one in seen.items() if one.owner is not None}
     if len(owners) == len(shown):
         pictures["tokens.png"] = encoder_plots.tokens(shown, [("tokens", patches(owners))], encoder_photos.GRID)
@@ -177,7 +172,7 @@ def transcripts(sides: Sides, short: bool) -> Measured:
             "kept": seen.kept,
         }
     whole = word_difference(" ".join(said["dense"]), " ".join(said["engine"]))
-    metric = f"edits of words per word of the dense encoder's transcript, {len(windows)} windows of 30 s"
+    metric = f"edits of words per word of the dense encoder's transcript, {30 * len(windows)} s of speech"
     return Measured(
         "transcripts, dense against engine", "greedy decoding; kept: tokens carried, mean over blocks", samples,
         Quality(metric=metric, dense=0.0, rewritten=whole), more={"said": said},

@@ -65,8 +65,9 @@ PHOTOS: tuple[Setting, ...] = (
         Setting(PARTS, f"filter={name}, {what}", (f"reduce:filter={name},{how},layers=all,r=16",))
         for name in ("tome", "evit", "ficoco-v", "random")
         for what, how in (
-            ("merged by size", "correlate=tome,compress=size"),
-            ("merged by attention", "correlate=ficoco-v,compress=mean"),
+            ("joins the most similar, mean by size", "correlate=tome,compress=size"),
+            ("joins the most similar, plain mean", "correlate=tome,compress=mean"),
+            ("joins the most attended, weighted mean", "correlate=ficoco-v,compress=mean"),
             ("dropped, filled from the nearest", "correlate=none,compress=drop"),
         )
     ),

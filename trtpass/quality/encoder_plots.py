@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,9 @@ Rows = Sequence[Mapping[str, Any]]
 _COLOURS = ("#1b6ca8", "#d1603d", "#3c8d5a", "#7a4fa3", "#c9a227", "#5bb5c5", "#d98cb3", "#8c564b")
 _MARKERS = "os^DvPXh"
 _GOLDEN = 0.61803398875  # of a turn: hues of successive groups lie far apart
+_CONTROLS = (("#444444", "x", "--"), ("#888888", "+", ":"), ("#b0a898", "1", "-."))
 _TINT, _DARK = 0.55, 0.15
+_MOST = 1.25  # word differences above it are not drawn: nothing is left of the transcript
 
 
 def photos(rows: Rows) -> bytes:
@@ -38,14 +41,20 @@ def photos(rows: Rows) -> bytes:
 
 
 def speech(rows: Rows, tokens: int) -> bytes:
-    """Word difference over the kept fraction, and over the keys that the decoder's cross attention sees."""
-    figure, axes = _grid(1, 2, 13.0, 5.2)
+    """Word difference over the kept fraction, and over what is left at the end, a column for each group."""
+    figure, axes = _grid(2, 2, 13.0, 8.4)
     shown = [{**row, "share": row["last"] / tokens} for row in rows]
-    for axis, group, title in zip(axes[0], (ALONG, ONE), ("every block", "one block"), strict=True):
-        _lines(axis, [row for row in shown if row["group"] == group], "share", "difference")
-        axis.set(ylim=(-0.03, 1.25), xlim=(1.02, 0.0), title=title, ylabel="word difference from the unmerged")
-        axis.set_xlabel("tokens after the last site, as a share of all")
-        plots.finish(axis)
+    overs = (
+        ("kept", "kept fraction of tokens, mean over blocks"),
+        ("share", "tokens at the end, share of all"),
+    )
+    for column, (group, title) in enumerate(((ALONG, "every block"), (ONE, "one block"))):
+        for line, (over, words) in enumerate(overs):
+            axis = axes[line][column]
+            _lines(axis, [row for row in shown if row["group"] == group], over, "difference")
+            axis.set(ylim=(-0.03, _MOST), xlim=(1.02, 0.0), title=title if not line else "", xlabel=words)
+            axis.set_ylabel("word difference from the unmerged")
+            plots.finish(axis)
     return plots.png(figure)
 
 
@@ -66,7 +75,7 @@ def tokens(
             owner = owners[name].reshape(grid, grid)
             left = len(np.unique(owner[owner >= 0]))
             _picture(axis, overlay(photo, owner), f"{title}\n{left} of {owner.size} patches' tokens")
-    return plots.png(figure)
+    return _small(plots.png(figure))
 
 
 def overlay(photo: np.ndarray, owner: np.ndarray) -> np.ndarray:
@@ -101,7 +110,8 @@ def heat_maps(photographs: Mapping[str, np.ndarray], columns: Sequence[tuple[str
 def _lines(axis: Axes, rows: Rows, over: str, what: str, of_spread: int = 0) -> None:
     """One line for each method; controls grey and dashed, with the spread over their seeds."""
     methods = list(dict.fromkeys(str(row["method"]) for row in rows))
-    coloured = [method for method in methods if not method.startswith("random")]
+    controls = [method for method in methods if method.startswith("random")]
+    coloured = [method for method in methods if method not in controls]
     for method in methods:
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: -row[over])
         xs, ys = [row[over] for row in own], [row[what] for row in own]
@@ -111,8 +121,8 @@ def _lines(axis: Axes, rows: Rows, over: str, what: str, of_spread: int = 0) -> 
             axis.plot(xs, ys, label=method, markersize=5, linewidth=1.5, **style)
             continue
         spread = [np.atleast_1d(row["spread"] if row["spread"] is not None else [0.0, 0.0])[of_spread] for row in own]
-        dashes = (0, (2 + 2 * (len(methods) - methods.index(method)), 2))
-        axis.errorbar(xs, ys, spread, label=method, color="#777777", marker="x", linestyle=dashes, capsize=2)
+        colour, marker, line = _CONTROLS[controls.index(method) % 3]
+        axis.errorbar(xs, ys, spread, label=method, color=colour, marker=marker, linestyle=line, capsize=2)
 
 
 def _grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
@@ -123,6 +133,16 @@ def _grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure,
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
     return figure, [list(line) for line in axes]
+
+
+def _small(picture: bytes) -> bytes:
+    """A PNG with a palette of 256 colours: a quarter of the size, where photos are shown."""
+    from PIL import Image  # which matplotlib needs as well
+
+    buffer = BytesIO()
+    with Image.open(BytesIO(picture)) as image:
+        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def _picture(axis: Axes, image: np.ndarray, title: str, **style: Any) -> None:
