@@ -52,7 +52,7 @@ def parts(anchors: Anchors) -> tuple[Anchors, Anchors] | None:
     runs = streams(anchors)
     for decoder in (run.blocks for run in runs if all(block.causal for block in run.blocks)):
         before = _upstream(decoder[0].residual_in)
-        towers = [tuple(b for b in run.blocks if b.mlp_out in before and not b.causal) for run in runs]
+        towers = [tuple(b for b in run.blocks if b.output in before and not b.causal) for run in runs]
         tower = max(towers, key=len)
         if tower:
             return _numbered(anchors, tower), _numbered(anchors, decoder)
@@ -102,7 +102,7 @@ def describe(anchors: Anchors) -> Multimodal:
     if not is_op(gather, "Gather", "GatherND") or gather.inputs[0] is None:
         raise _not_found(f"'{where.name}' puts what {_words(gather)} makes at the image's tokens, not a Gather")
     features = gather.inputs[0]
-    if tower.blocks[-1].mlp_out not in _upstream(features):
+    if tower.blocks[-1].output not in _upstream(features):
         raise _not_found(f"the rows of '{features.name}' do not come from the blocks of the vision tower")
     tokens = _per_row(features, (dims(decoder.input_ids) or [None])[0])
     if tokens is None:
