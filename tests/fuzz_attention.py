@@ -34,6 +34,15 @@ def wrong_causal(rng: Rng, given: Request) -> Request:
     return unreal_floats(rng, given, 0, 1, 2)
 
 
+def encoder(rng: Rng) -> Request:
+    """Biases are small, or hide a key; at least one key of a row stays."""
+    given = causal(rng)
+    batch, _, tokens, _ = given.inputs[0].shape
+    bias = rng.normal(size=(batch, tokens))
+    bias[:, 1:][rng.random((batch, max(tokens - 1, 0))) < 0.2] = -1e30
+    return Request([*given.inputs, bias.astype(np.float32)], given.attrs)
+
+
 def sparse(rng: Rng) -> Request:
     """What no set selects is NaN: it must not be read."""
     (q, k, v), attrs = causal(rng).inputs, {"scale": scale(rng)}

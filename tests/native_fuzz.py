@@ -24,6 +24,7 @@ Invalid = Callable[[Rng, Request], Request]
 
 GENERATORS: dict[str, tuple[Valid, Invalid]] = {
     "CausalAttention": (fuzz_attention.causal, fuzz_attention.wrong_causal),
+    "EncoderAttention": (fuzz_attention.encoder, fuzz_attention.wrong_causal),
     "TokenSparseAttention": (fuzz_attention.sparse, fuzz_attention.wrong_sparse),
     "RaggedAttention": (fuzz_attention.ragged, fuzz_attention.wrong_ragged),
     "ColumnMass": (fuzz_selection.column_mass, fuzz_selection.wrong_column_mass),

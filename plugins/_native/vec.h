@@ -27,6 +27,7 @@ inline constexpr int kLanes = 4;  // SSE2, NEON
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef std::int32_t IntVec __attribute__((vector_size(kLanes * sizeof(std::int32_t))));
+typedef std::uint32_t WordVec __attribute__((vector_size(kLanes * sizeof(std::uint32_t))));
 
 TRTPASS_INLINE Vec load(const float* from) {
   Vec v;
@@ -112,7 +113,7 @@ TRTPASS_INLINE Vec exp2(Vec x) {
   p = p * f + splat(2.402213067e-1f);
   p = p * f + splat(6.931469440e-1f);
   p = p * f + splat(1.0f);
-  IntVec scale, bits;
+  WordVec scale, bits;  // a sum that overflows, of x beyond 127 beside a NaN, is defined for words
   std::memcpy(&scale, &shifted, sizeof scale);
   std::memcpy(&bits, &p, sizeof bits);
   bits += scale << 23;

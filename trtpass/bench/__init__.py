@@ -30,6 +30,8 @@ NAMES = {
     "kvzap.attention": "attention alone of such a step, by kernel and by body, against the fastest dense one",
     "kvzap.scorer": "scoring as a share of the products with weights",
     "scc.components": "merging by connected components, whole, against PyTorch or NumPy, and its products alone",
+    "merge.encoder": "an encoder that carries 75, 50 and 25% of its tokens, against the original file",
+    "merge.overhead": "the same, against as many tokens chosen for free",
     "gpu.attention": "one layer in a TensorRT plan on a GPU, ours against TensorRT's own dense attention, 4K to 128K",
     "compile.passes": "time and memory of all passes on a 36-layer, 8B-shaped graph",
 }
@@ -113,6 +115,15 @@ def run(
                 note(f"scc.components left out: {reason}")
         else:
             note(f"scc.components left out: {library}")
+    if merge := [name for name in chosen if name.startswith("merge.")]:
+        from trtpass.bench import encoder
+
+        try:
+            records += encoder.run(merge, machine, repeats, note)
+        except encoder.NotHere as reason:
+            if names:
+                raise
+            note(f"{', '.join(merge)} left out: {reason.found}")
     if "gpu.attention" in chosen:
         from trtpass.trt import builder
 

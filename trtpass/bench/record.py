@@ -56,6 +56,8 @@ LIMITS = {
     "kvzap.attention": "as ragged.decode",
     "scc.components": "baseline's time / time of the products alone at the matmul peak: half of each square of "
     "similarities, and tokens times final rows",
+    "merge.encoder": "operations of the baseline's whole graph, head included / of ours; aim: 0.9 of it",
+    "merge.overhead": "1: filter, correlation, merging, sizes and restoring cost nothing",
     "compile.passes": "none; aims: 10 s and 1 GB",
 }
 """The formula behind ``Record.limit``, in words."""

@@ -1,4 +1,4 @@
-"""Lowering to a target: trtpass nodes to native kernels where they fit, else to their ONNX bodies; on the CPU, causal
+"""Lowering to a target: trtpass nodes to native kernels where they fit, else to their ONNX bodies; on the CPU,
 attention to the fastest kernel that there is.
 
 Every choice is reported, node by node, with its reason in words.
@@ -19,7 +19,9 @@ from trtpass.errors import InputError
 from trtpass.ir import check, is_op, tidy
 from trtpass.op import DOMAIN, Op
 from trtpass.passes.contrib import attention_to_contrib, infer
+from trtpass.passes.encoder_attention import attention_to_encoder
 from trtpass.passes.native import attention_to_native, fits, interleave, keep_body
+from trtpass.passes.tables import fold_tables
 from trtpass.passes.transposes import swap_in_branches, swap_indices
 
 TARGETS = ("portable", "cpu")
@@ -66,7 +68,9 @@ def lower(model: ir.Model, target: str, kernels: bool = True) -> Lowered:
     if target == "cpu":
         swap_in_branches(copy)
         infer(copy)
-        decisions += [Decision(*choice) for choice in attention_to_native(copy)] if kernels else []
+        fold_tables(copy)
+        if kernels:
+            decisions += [Decision(*choice) for choice in attention_to_native(copy) + attention_to_encoder(copy)]
         decisions += [Decision(*choice) for choice in attention_to_contrib(copy)]
         interleave(copy, [node for node in copy.graph.all_nodes() if node.domain == DOMAIN])
         swap_indices(copy)
