@@ -63,7 +63,7 @@ def test_operations_are_those_of_the_formulas() -> None:
     for number, node in enumerate(graph.graph):
         node.name = f"node{number}"
     feeds = {
-        str(v.name): np.ones([2 if isinstance(d, ir.SymbolicDim) else d for d in v.shape], np.float32)
+        str(v.name): np.ones([2 if isinstance(d, ir.SymbolicDim) else d for d in v.shape or []], np.float32)
         for v in graph.graph.inputs
         if v.name not in graph.graph.initializers
     }
@@ -220,7 +220,7 @@ def test_one_record_a_comparison(monkeypatch: pytest.MonkeyPatch, library: nativ
         ("merge.overhead", True, encoder.FREE): 0.5,
     }
     raised, short = found["merge.encoder", False, encoder.ORIGINAL], found["merge.encoder", True, encoder.ORIGINAL]
-    assert raised.limit == 1.0 and raised.params["gflop"] == pytest.approx(
-        15.2, abs=0.1
-    )  # 12.1 in blocks, 3 in the head
-    assert short.limit == pytest.approx(15.2 / short.params["gflop"], rel=0.01) and 2.3 < short.limit < 2.6
+    assert raised.limit == 1.0
+    assert raised.params["gflop"] == pytest.approx(15.2, abs=0.1)  # 12.1 in the blocks, 3 in the head
+    assert short.limit == pytest.approx(15.2 / short.params["gflop"], rel=0.01)
+    assert 6.0 < short.params["gflop"] < 6.6

@@ -190,16 +190,16 @@ def _measured(
         return timed(name, params, words, seconds[ours], seconds[theirs], limit, machine.as_dict())
 
     records: list[Record] = []
-    for side in sides:
-        if side == "original" or side.startswith("free "):
+    for ours in sides:
+        if ours == "original" or ours.startswith("free "):
             continue
         if "merge.encoder" in names:
             for theirs, words in (("original", ORIGINAL), ("raised", RAISED)):
-                if side != theirs:
-                    limit = sides[theirs].flops / sides[side].flops
-                    records.append(record("merge.encoder", side, theirs, words, limit))
-        if f"free {side}" in sides:
-            records.append(record("merge.overhead", side, f"free {side}", FREE, 1.0))
+                if ours != theirs:
+                    limit = sides[theirs].flops / sides[ours].flops
+                    records.append(record("merge.encoder", ours, theirs, words, limit))
+        if f"free {ours}" in sides:
+            records.append(record("merge.overhead", ours, f"free {ours}", FREE, 1.0))
     return sorted(records, key=lambda r: (r.name, r.baseline))
 
 

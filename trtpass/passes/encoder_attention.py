@@ -54,7 +54,8 @@ def _name(value: ir.Value | None) -> str | None:
 
 def _bias(node: ir.Node) -> ir.Value | str | None:
     """The bias `[B, S]` of the keys, None without one, or the reason in words why this node is not such attention."""
-    q, k, v, mask, *cache = [*node.inputs, *[None] * (7 - len(node.inputs))]
+    inputs = [*node.inputs, *[None] * (7 - len(node.inputs))]
+    (q, k, v, mask), cache = inputs[:4], inputs[4:]
     if int_attr(node, "is_causal", 0) or any(value is not None for value in cache):
         return "it is causal or reads a cache"
     if float_attr(node, "softcap", 0.0) or any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):

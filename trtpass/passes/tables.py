@@ -61,7 +61,8 @@ def _evaluated(chain: list[ir.Node], table: np.ndarray) -> np.ndarray:
     graph = ir.Graph([first], [], nodes=[], opset_imports={"": OPSET}, name="table")
     at = first
     for number, node in enumerate(chain):
-        to, rest = node.outputs[0], []
+        to = node.outputs[0]
+        rest: list[ir.Value | None] = []
         kind = "Reshape" if is_op(node, "Reshape", "Unsqueeze", "Squeeze") else node.op_type
         if kind in ("Reshape", "Resize"):
             size = constant(graph, f"size{number}", np.array(dims(to), np.int64))
