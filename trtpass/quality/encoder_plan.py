@@ -90,4 +90,5 @@ SPEECH: tuple[Setting, ...] = (
     *_each(ONE, "scc-two-step, 1 s (block 2)", "scc-two-step:group=50,tau={},restore=none", (0.98, 0.95, 0.93, 0.9)),
     *_each(ONE, "scc-two-step, 0.2 s (block 2)", "scc-two-step:group=10,tau={},restore=none", (0.95, 0.93)),
     *_random(ONE, "random (block 2)", "r=,layers=2,keep={},restore=none", (0.8, 0.6, 0.4)),
+    *_random(ONE, "random (block 0)", "r=,layers=0,keep={},restore=none", (0.62, 0.45)),
 )
