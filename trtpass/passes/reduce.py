@@ -44,6 +44,10 @@ class Reduce(StreamPass):
     options: ReductionOptions
     idle: ClassVar[str] = "nothing is dropped: r=0, keep=1"
 
+    @property
+    def placed(self) -> bool:
+        return self.options.compress != "fuse"
+
     def sites(self, anchors: Anchors, cls: int) -> list[tuple[int, Budget]]:
         options, count = self.options, len(anchors.blocks)
         chosen = layers.resolve(options.chosen(count), count, None)

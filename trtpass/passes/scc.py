@@ -145,6 +145,10 @@ class Scc(StreamPass):
             return super().twin(module, result)
         return MultimodalTwin(module, SpanOptions(), result.plan)
 
+    @property
+    def placed(self) -> bool:
+        return False
+
     def _at_projector(self, anchors: Anchors) -> bool:
         return self.options.layer == PROJECTOR or (self.options.layer == "auto" and parts(anchors) is not None)
 

@@ -18,6 +18,7 @@ from trtpass.multimodal import parts, tower_of
 from trtpass.passes import Pass, PassResult, need_blocks
 from trtpass.passes import Site as Changed
 from trtpass.reduction.emit import Emitter
+from trtpass.reduction.multimodal_tables import Tables, take_rows
 from trtpass.reduction.options import Budget
 from trtpass.reduction.outputs import add_outputs, restored
 from trtpass.reduction.stream import Stream, key_bias, open_stream
@@ -119,6 +120,11 @@ class StreamPass(Pass):
         blocks, budgets = tuple(i for i, _ in sites), tuple(b for _, b in sites)
         return Plan(encoder, blocks, budgets, cls, columns, restore, tuple(notes), names, len(anchors.blocks))
 
+    @property
+    def placed(self) -> bool:
+        """Whether each token that is left has the place of one original token, and so its rows of position tables."""
+        return True
+
     @abc.abstractmethod
     def sites(self, anchors: Anchors, cls: int) -> list[tuple[int, Budget]]:
         """Blocks after whose attention tokens go, ascending, and what each keeps; none that keeps everything."""
@@ -173,14 +179,14 @@ class StreamPass(Pass):
         sites: list[Changed] = []
         stream: Stream | None = None
         bias: ir.Value | None = None
+        tables: Tables = {}
         for block in anchors.blocks[plan.blocks[0] :]:
             if bias is not None:
                 block.node.resize_inputs(max(4, len(block.node.inputs)))
                 block.node.replace_input_with(3, bias)
             if stream is not None and block.layer not in budget_of:
                 continue
-            made = self._shorten(model, block, stream, budget_of[block.layer], plan)
-            stream, site = made
+            stream, site = self._shorten(model, block, stream, budget_of[block.layer], plan, tables)
             sites.append(site)
             need = self.options.weighs_keys or self.options.pads
             bias = self._bias(model, stream, block) if need and block.layer != anchors.blocks[-1].layer else None
@@ -210,8 +216,8 @@ class StreamPass(Pass):
         return bias
 
     def _shorten(
-        self, model: ir.Model, block: AttentionBlock, stream: Stream | None, budget: Budget, plan: Plan
-    ) -> tuple[Stream, Changed]:
+        self, model: ir.Model, block: AttentionBlock, stream: Stream | None, budget: Budget, plan: Plan, tables: Tables
+    ) -> tuple[Stream, Changed]:  # fmt: skip
         """One site; the stream after it."""
         graph, x = model.graph, block.residual_out
         if x is None:  # excluded by plan
@@ -230,7 +236,10 @@ class StreamPass(Pass):
         graph.insert_after(producer, first + emit.take())
         for node, place in users:
             node.replace_input_with(place, after.tokens)
-        course = follow(graph, after.tokens, 1, plan.encoder.stream_out)
+        if self.placed:
+            course = take_rows(emit, after, plan.encoder.stream_out, tables)
+        else:
+            course = follow(graph, after.tokens, 1, plan.encoder.stream_out)
         if plan.encoder.stream_out is not None:
             need_through(course, plan.encoder.stream_out, self.name)
         resize(course, after.length)

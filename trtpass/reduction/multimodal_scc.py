@@ -57,7 +57,7 @@ def _merge(model: ir.Model, found: Multimodal, name: str, how: Connected) -> tup
     lengths = emit.node("Expand", [emit.scalar(count, np.int32), rows], "lengths", I32, [batch])
     merged = connect(emit, x, lengths, how)
     spread = rows_of(emit, merged.tokens, merged.label, "of_each", count)
-    back = emit.node("Reshape", [spread, emit.ints(-1, width)], "flat", flat.dtype, flat.shape or [None, width])
+    back = emit.node("Reshape", [spread, emit.ints(-1, width)], "flat", flat.dtype, dims(flat) or [None, width])
     shape = [batch, count, count]
     column = emit.node("Unsqueeze", [merged.label, emit.ints(2)], "label_column", I32, [batch, count, 1])
     line = emit.node("Unsqueeze", [merged.label, emit.ints(1)], "label_row", I32, [batch, 1, count])

@@ -78,7 +78,7 @@ def _stopped(language: Any) -> Iterator[list[Prompt]]:
 
     def forward(*, inputs_embeds: Tensor, position_ids: Tensor | None = None, **_: Any) -> Any:
         fed.append(Prompt(inputs_embeds, position_ids))
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
     with _replaced(language, forward):
         yield fed
@@ -160,7 +160,7 @@ class MultimodalTwin(SpanTwin):
         import torch
 
         count = len(ids)
-        x, image = prompt.embeds[b, :count].clone(), ids == self.image
+        x, image = prompt.embeds[b, :count].clone(), torch.eq(ids, self.image)
         places = image.nonzero()[:, 0]
         positions = torch.arange(count)[None] if prompt.positions is None else prompt.positions[..., b, :count]
         found = torch.zeros(0)

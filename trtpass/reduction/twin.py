@@ -134,13 +134,13 @@ class EncoderTwin:
         def split(layer: int, block: Any, before: Callable[..., Any]) -> Callable[..., Any]:
             def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
                 if layer not in self.budgets:
-                    out = before(hidden_states, *args, **kwargs)
+                    out = before(hidden_states, *args, **_placed(kwargs, state))
                 else:
                     with _silent(halves.mlp(block), False):
-                        h = _tensor(before(hidden_states, *args, **kwargs))
+                        h = _tensor(before(hidden_states, *args, **_placed(kwargs, state)))
                     h = self._site(layer, h, seen, state, selections, forced)
                     with _silent(halves.attention(block), True):
-                        out = before(h, *args, **kwargs)
+                        out = before(h, *args, **_placed(kwargs, state))
                 if layer == self.plan.depth - 1 and self.restore and state:
                     rows = state.pop("rows")
                     for row, tokens in zip(rows, _tensor(out), strict=True):
@@ -205,6 +205,16 @@ class EncoderTwin:
         for b, row in enumerate(rows):
             bias[b, : counts[b]] = row.size.log() if self.options.weighs_keys else 0.0
         return bias[:, None, None, :]
+
+
+def _placed(kwargs: dict[str, Any], state: Mapping[str, list[Row]]) -> dict[str, Any]:
+    """``position_embeddings``, cos and sin `[S, D]`, as rows `[B, C, D]` of the tokens that are left."""
+    import torch
+
+    if "position_embeddings" not in kwargs or "rows" not in state:
+        return kwargs
+    tables = tuple(torch.stack([table[row.place] for row in state["rows"]]) for table in kwargs["position_embeddings"])
+    return {**kwargs, "position_embeddings": tables}
 
 
 def _named(made: Any, names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,9 +57,17 @@ class Course:
     ends: tuple[End, ...]
 
 
-def follow(graph: ir.Graph, start: ir.Value, axis: int, until: ir.Value | None = None) -> Course:
-    """Follow the tokens on ``axis`` of ``start`` in a sorted graph, not beyond ``until``."""
-    axes, values = {id(start): axis}, {id(start): start}
+def follow(
+    graph: ir.Graph,
+    start: ir.Value,
+    axis: int,
+    until: ir.Value | None = None,
+    also: Mapping[ir.Value, int] | None = None,
+) -> Course:
+    """Follow the tokens on ``axis`` of ``start`` in a sorted graph, not beyond ``until``; ``also``: other values that
+    have a row for each of them, with its axis."""
+    every = {start: axis, **(also or {})}
+    axes, values = {id(value): at for value, at in every.items()}, {id(value): value for value in every}
     ends: list[End] = []
     for node in graph:
         if node.domain not in ("", "ai.onnx"):
@@ -117,6 +126,8 @@ def _through(node: ir.Node, carried: list[tuple[int, int]]) -> list[int | None] 
             axis += a <= axis
         return [axis]
     if kind in ("Split", "Slice", "Gather", "ReduceMean", "ReduceMax", "ReduceSum", "Squeeze", "Concat"):
+        if kind == "Concat" and (len(carried) < len(node.inputs) or any(a != axis for _, a in carried)):
+            return "tokens are joined with something else"
         return _along(node, axis)
     if kind == "Attention":
         if any(i > 2 for i, _ in carried):
@@ -176,8 +187,6 @@ def _along(node: ir.Node, axis: int) -> list[int | None] | str:
     over = {a + rank if a < 0 else a for a in given}
     if axis in over:
         return f"{node.op_type} along the token axis"
-    if node.op_type == "Concat":
-        return "tokens are joined with something else"
     gone = node.op_type == "Squeeze" or (node.op_type == "Gather" and _rank(node.inputs[1]) == 0)
     if node.op_type.startswith("Reduce"):
         gone = int_attr(node, "keepdims", 1) == 0
