@@ -11,8 +11,10 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 from test_golden import Golden
 from test_golden import text as text_of
+from transformers import AttentionInterface
 
 from trtpass.anchors import find
 from trtpass.errors import AnchorError, InputError
@@ -29,11 +31,74 @@ DECODER = [  # methods after which the decoder carries fewer tokens
     ("llava", "scc-two-step:tau=0.4,group=5"), ("llava", "ficoco-vl:tower_keep=0.7,layers=0-1"),
     ("llava", "ficoco-vl:tower_keep=0.7,keep=1"), ("qwen2vl", "fastv:layer=1"),
     ("qwen2vl", "ficoco-l:layers=0-1,keep=0.7"), ("qwen2vl", "scc:tau=0.3"),
-    ("qwen2vl", "scc-two-step:tau=0.3,group=3"),
+    ("qwen2vl", "scc-two-step:tau=0.3,group=3"), ("qwen2vl", "ficoco-vl:tower_keep=0.8,layers=1,grid=4x6"),
 ]  # fmt: skip
 TOWER = [
     ("llava", "tome:r=3"), ("llava", "ficoco-v:keep=0.7"), ("llava", "evit:keep=0.6"), ("llava", "scc:tau=0.3,layer=0"),
+    ("qwen2vl", "tome:r=3"), ("qwen2vl", "ficoco-v:keep=0.8,grid=4x6,layers=0-1"),
+    ("qwen2vl", "random-tokens:r=4,layers=0+2"),
 ]  # fmt: skip
+
+
+class RotatedAttention(torch.nn.Module):
+    """Attention of Qwen2-VL's tower on rows that stay apart, `[B, P, E]`, by transformers' registry."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner, self.config, self.is_causal = inner, inner.config, False
+
+    def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, None]:
+        batch, tokens, _ = hidden_states.shape
+        heads = self.inner.qkv(hidden_states).reshape(batch, tokens, 3, self.inner.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = heads.unbind(0)  # [B, H, P, D]
+        q, k = self.rotated(q, cos, sin), self.rotated(k, cos, sin)
+        attend = AttentionInterface()[self.config._attn_implementation]
+        out, _ = attend(self, q, k, v, None, scaling=self.inner.scaling)
+        return self.inner.proj(out.reshape(batch, tokens, -1)), None
+
+    def rotated(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos.unsqueeze(-3) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(-3)
+
+
+class RotatedBlock(torch.nn.Module):
+    """A block of Qwen2-VL's tower in the form that twins split: attention, then MLP."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.mlp = inner.norm1, inner.norm2, inner.mlp
+        self.attn = RotatedAttention(inner.attn)
+
+    def forward(self, hidden_states: torch.Tensor, position_embeddings: Any) -> torch.Tensor:
+        x: torch.Tensor = hidden_states + self.attn(self.norm1(hidden_states), *position_embeddings)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class SplitQwen2VL(torch.nn.Module):
+    """``multimodal.Qwen2VL`` with a tower whose blocks are modules of their own."""
+
+    def __init__(self, whole: Any) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(RotatedBlock(block) for block in whole.inner.model.visual.blocks)
+        self.whole = whole
+
+    def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        inner, tables = self.whole.inner, (self.whole.cos, self.whole.sin)
+        visual, (batch, tokens, _) = inner.model.visual, pixel_values.shape
+        x = visual.patch_embed(pixel_values.flatten(0, 1)).reshape(batch, tokens, -1)
+        for block in self.blocks:
+            x = block(x, position_embeddings=tables)
+        embeds = inner.model.get_input_embeddings()(input_ids)
+        embeds = multimodal.placed(input_ids, embeds, visual.merger(x.flatten(0, 1)))
+        out = inner.model.language_model(inputs_embeds=embeds, position_ids=position_ids, use_cache=False)
+        logits: torch.Tensor = inner.lm_head(out.last_hidden_state)
+        return logits
+
+
+def module_of(name: str) -> Any:
+    """The torch model that a twin is made of."""
+    module = exported(name)[0].module
+    return SplitQwen2VL(module).eval() if name == "qwen2vl" else module
 
 
 @functools.cache
@@ -79,7 +144,7 @@ def test_twin_equals_the_rewritten_graph(name: str, text: str) -> None:
     outputs = run(model, inputs, tuple(names))
     roles = ("score", "keep", "target")
     graph = {s.layer: {r: outputs[s.values[r]] for r in roles if r in s.values} for s in result.sites}
-    twin = step.twin(exported(name)[0].module, result)
+    twin = step.twin(module_of(name), result)
     for forced in (None, {layer: {r: x for r, x in made.items() if r != "score"} for layer, made in graph.items()}):
         mine = twin.run_inputs(inputs, forced)
         np.testing.assert_allclose(valid(inputs, outputs["logits"]), valid(inputs, mine.logits), atol=5e-5, rtol=1e-4)
@@ -101,9 +166,9 @@ def test_a_shorter_tower(name: str, text: str) -> None:
     forced = {s.layer: {r: outputs[s.values[r]] for r in ("keep", "target") if r in s.values} for s in result.sites}
     del inputs["lengths"]
     for given in (None, forced):
-        mine = step.twin(exported(name)[0].module, result).run(inputs, given)
+        mine = step.twin(module_of(name), result).run(inputs, given)
         np.testing.assert_allclose(outputs["logits"], mine.outputs["logits"], atol=5e-5, rtol=1e-4)
-    assert outputs[result.sites[-1].values["tokens"]].shape[1] < exported(name)[0].tokens
+    assert outputs[result.sites[-1].values["tokens"]].shape[1] < {"llava": 26, "qwen2vl": 24}[name]
 
 
 @pytest.mark.parametrize("text", ["fastv:layer=1,ratio=0", "ficoco-vl:keep=1,tower_keep=1", "tome:r=0"])
