@@ -18,6 +18,7 @@ from trtpass.errors import AnchorError
 from trtpass.ir import const_array, dims, is_op
 
 _SAME_ROWS = ("Unsqueeze", "Expand", "Cast", "Identity")
+HINT = "say which tokens of the decoder may go, such as span=4:600 or span=4:-32, or a block of the vision tower"
 _LONGEST = 16  # nodes that a search goes through
 
 
@@ -87,6 +88,7 @@ def describe(anchors: Anchors) -> Multimodal:
             f"no tokens of an image were found in the graph: it has {kinds or 'no attention block'}, and no decoder "
             "that reads a vision tower",
             "a multimodal graph from pixels and token ids to logits",
+            HINT,
         )
     tower, decoder = found
     embeds = decoder.blocks[0].residual_in
@@ -116,6 +118,7 @@ def _not_found(what: str) -> AnchorError:
     return AnchorError(
         f"no tokens of an image were found in the graph: {what}",
         "Where(input_ids == image token, features gathered by their number, embeddings)",
+        HINT,
     )
 
 

@@ -100,9 +100,10 @@ class MultimodalTwin(SpanTwin):
         self.plan = plan
         self.language, self.head = part(module, "language_model"), part(module, "lm_head")
         found = (getattr(getattr(m, "config", None), "image_token_id", None) for m in module.modules())
-        self.image = next((i for i in found if i is not None), None)
-        if self.image is None:
+        image = next((i for i in found if i is not None), None)
+        if image is None:
             raise InputError(f"no config of {type(module).__name__} has an image_token_id")
+        self.image = int(image)
 
     def run_inputs(self, inputs: Mapping[str, np.ndarray], forced: Forced | None = None) -> SpanRun:
         """Run on the graph's inputs by name, ``lengths [B]`` among them.
@@ -160,7 +161,7 @@ class MultimodalTwin(SpanTwin):
         import torch
 
         count = len(ids)
-        x, image = prompt.embeds[b, :count].clone(), torch.eq(ids, self.image)
+        x, image = prompt.embeds[b, :count].clone(), ids.eq(self.image)
         places = image.nonzero()[:, 0]
         positions = torch.arange(count)[None] if prompt.positions is None else prompt.positions[..., b, :count]
         found = torch.zeros(0)
