@@ -32,7 +32,7 @@ class Multimodal:
         visual: which tokens stand for an image, bool `[B, S]`.
         features: what they are replaced by, `[B * N, E]`, row by row of the batch.
         gather: the node that puts ``features`` at their tokens.
-        tokens: N, image tokens of each row.
+        tokens: N, image tokens of each row: every prompt has this many, or its features are those of another row.
         embeds: the decoder's stream before its first block `[B, S, E]`.
     """
 
