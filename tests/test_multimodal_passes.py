@@ -268,7 +268,14 @@ def test_no_place_where_an_image_enters(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("scc", "scc"), ("scc", "fastv:layer=1"), ("fastv:layer=1", "scc"), ("tome:r=1", "ficoco-vl")],
+    [
+        ("scc", "scc"),
+        ("scc", "fastv:layer=1"),
+        ("fastv:layer=1", "scc"),
+        ("tome:r=1", "ficoco-vl"),
+        ("tome:r=1", "fastv:layer=1"),
+        ("fastv:layer=1", "tome:r=1"),
+    ],
 )
 def test_one_method_alone(first: str, second: str) -> None:
     _, model, _ = rewritten("llava", first)

@@ -28,6 +28,8 @@ from trtpass.reduction.decoder import SPAN_KEY
 
 WHOLE_PROMPT_KEY = "trtpass.whole_prompt"  # model metadata: the method that is not defined on chunks of a prompt
 
+REDUCED_KEY = "trtpass.reduced"  # model metadata: the pass that shortened an encoder's stream
+
 
 @dataclass(frozen=True)
 class Site:

@@ -17,9 +17,9 @@ from trtpass.anchors import Anchors, AttentionBlock
 from trtpass.errors import InputError
 from trtpass.ir import dims
 from trtpass.multimodal import describe, parts
-from trtpass.passes import WHOLE_PROMPT_KEY, PassResult
+from trtpass.passes import REDUCED_KEY, WHOLE_PROMPT_KEY, PassResult
 from trtpass.passes.logits import lm_head
-from trtpass.passes.stream_pass import REDUCED_KEY, Plan, StreamPass
+from trtpass.passes.stream_pass import Plan, StreamPass
 from trtpass.reduction.decoder_options import SpanOptions
 from trtpass.reduction.emit import F32, I32, Emitter
 from trtpass.reduction.multimodal_scc import merge_features

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from trtpass.anchors import Anchors, AttentionBlock
 from trtpass.errors import AnchorError, InputError
 from trtpass.multimodal import parts, tower_of
-from trtpass.passes import Pass, PassResult, need_blocks
+from trtpass.passes import REDUCED_KEY, WHOLE_PROMPT_KEY, Pass, PassResult, need_blocks
 from trtpass.passes import Site as Changed
 from trtpass.reduction.emit import Emitter
 from trtpass.reduction.multimodal_tables import Tables, take_rows
@@ -26,8 +26,6 @@ from trtpass.reduction.walk import follow, need_through, resize
 
 if TYPE_CHECKING:
     from trtpass.encoders import Encoder
-
-REDUCED_KEY = "trtpass.reduced"  # model property: the pass that shortened the stream
 
 
 class StreamOptions(Protocol):
@@ -93,10 +91,8 @@ class StreamPass(Pass):
         from trtpass.encoders import describe
 
         need_blocks(anchors, self.name)
-        if model.metadata_props.get(REDUCED_KEY):
-            raise InputError(
-                f"pass '{self.name}': the graph was shortened by {model.metadata_props[REDUCED_KEY]}", "one reduction"
-            )
+        for other in filter(None, map(model.metadata_props.get, (REDUCED_KEY, WHOLE_PROMPT_KEY))):
+            raise InputError(f"pass '{self.name}': the graph was shortened by {other}", "one reduction")
         inside = parts(anchors) is not None
         if inside and self.options.restore == "none":
             raise InputError(

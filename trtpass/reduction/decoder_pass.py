@@ -13,7 +13,7 @@ from trtpass.anchors import Anchors, AttentionBlock
 from trtpass.errors import AnchorError, InputError
 from trtpass.ir import add_input, dims
 from trtpass.multimodal import decoder_of, describe
-from trtpass.passes import WHOLE_PROMPT_KEY, Pass, PassResult, Site, need_blocks
+from trtpass.passes import REDUCED_KEY, WHOLE_PROMPT_KEY, Pass, PassResult, Site, need_blocks
 from trtpass.passes.logits import lm_head
 from trtpass.reduction.decoder import SPAN_KEY, Cut, ImageSpan, Shortened, Span
 from trtpass.reduction.decoder_options import SpanOptions
@@ -63,6 +63,8 @@ class SpanMethod(Pass):
 
     def requires(self, model: ir.Model, anchors: Anchors) -> None:
         """Causal attention in every layer from the first site on, a token input, logits, and a span."""
+        if other := model.metadata_props.get(REDUCED_KEY):
+            raise InputError(f"pass '{self.name}': the graph was shortened by {other}", "one reduction")
         self.places(model, anchors)
 
     def places(self, model: ir.Model, anchors: Anchors, span: Span | None = None) -> list[Place]:
