@@ -42,7 +42,7 @@ engine: .venv/.installed  ## build and prove an engine: MODEL=name|folder|file.o
 	@$(BIN)/trtpass build "$(MODEL)" $(foreach pass,$(PASSES),-p "$(pass)") --target "$(TARGET)" --sm "$(SM)" --dtype "$(DTYPE)" --out "$(OUT)"
 
 test: .venv/.installed  ## all tests that this machine can run
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.installed  ## style and types
 	@$(BIN)/ruff check

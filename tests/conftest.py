@@ -24,22 +24,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """In one of several test processes: one thread each, for more only get in each other's way."""
     if hasattr(config, "workerinput"):
+        import onnxruntime
         import torch
 
+        class OneThread(onnxruntime.SessionOptions):  # type: ignore[misc]
+            """Threads of two processes that wait for work in a loop take each other's cores."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.intra_op_num_threads = 1
+
         torch.set_num_threads(1)
+        onnxruntime.SessionOptions = OneThread
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Several processes: the tests of a file stay together, for its fixtures, and so do all that load the real SmolLM2.
-
-    These come first, as they take longest and nothing should wait for them at the end.
-    """
-    if not hasattr(config, "workerinput"):
-        return
-    heavy = {item.path for item in items if {"smollm2", "smollm2_onnx"} & set(getattr(item, "fixturenames", ()))}
-    items.sort(key=lambda item: item.path not in heavy)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("smollm2" if item.path in heavy else item.path.name))
+    """Several processes take a file at a time: first those that load the real SmolLM2, for which none should wait."""
+    if hasattr(config, "workerinput"):
+        heavy = {item.path for item in items if {"smollm2", "smollm2_onnx"} & set(getattr(item, "fixturenames", ()))}
+        items.sort(key=lambda item: item.path not in heavy)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from trtpass import native, native_build
 from trtpass.op import Case, Op
 
 TOTAL = 10_000  # random requests over all operators, at least
-EACH = max(1000, -(-TOTAL // max(1, len(OPERATORS))))
+EACH = max(500, -(-TOTAL // max(1, len(OPERATORS))))
 
 
 @functools.cache

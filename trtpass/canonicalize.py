@@ -52,8 +52,11 @@ def canonicalize(model: ir.Model) -> RaiseReport:
     """
     _to_opset(model)
     # Exporters write shared weights behind Identity, and constants as nodes: rules see initializers alone.
-    common.IdentityEliminationPass()(model)
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    try:
+        common.IdentityEliminationPass()(model)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    except (ValueError, TypeError, KeyError) as error:  # shapes or types on both sides of an Identity that do not fit
+        raise InputError(f"the graph contradicts itself: {error}", "a valid ONNX file", "export it again") from error
     counts: Counter[str] = Counter()
     near: list[str] = []
     graph = model.graph
