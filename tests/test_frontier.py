@@ -16,6 +16,7 @@ from families import save_tiny
 from test_quality import Characters, write_tokenizer
 
 from graphs import resolve
+from trtpass.corpus import text_corpus
 from trtpass.errors import InputError
 from trtpass.kvzap.frontier import __main__ as command
 from trtpass.kvzap.frontier import frontier, policies
@@ -354,3 +355,16 @@ def test_a_checkpoint_of_another_model_is_refused(model: Path, text: Path, tmp_p
     with pytest.raises(InputError, match="KV heads"):
         frontier(str(model), tmp_path / "out", surrogates={"x": tmp_path / "other.safetensors"}, text=text, plan=PLAN)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_short_form_on_a_real_model(tmp_path: Path) -> None:
+    try:
+        text_corpus()
+    except InputError as error:
+        pytest.skip(str(error))
+    result = frontier("smollm2-135m", tmp_path, short=True, threads=1)
+    text, keys = result["results"]["text"]["350"], result["results"]["passkey"]["350"]
+    assert keys["dense"]["0"]["found"] == 1
+    assert text["kvzip+ oracle"]["0.5"]["repeat"]["change"] > text["random"]["0.5"]["repeat"]["change"]
