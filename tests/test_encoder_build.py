@@ -209,7 +209,10 @@ def test_a_failure_leaves_nothing(file: Path, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.tensorrt
-@pytest.mark.parametrize("passes", [[], [TOME], ["evit:keep=0.7,layers=0"], ["ficoco-v:keep=0.8,layers=0"]])
+@pytest.mark.parametrize(
+    "passes",
+    [[], [TOME], ["evit:keep=0.7,layers=0"], ["ficoco-v:keep=0.8,layers=0"], ["scc:tau=0.3,max_keep=0.6,layer=0"]],
+)
 def test_plans_of_fixed_sizes_for_two_generations(tmp_path: Path, passes: list[str]) -> None:
     if not rtx.available():
         pytest.skip(f"tensorrt-rtx is not installed: {rtx.INSTALL}")
