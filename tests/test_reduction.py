@@ -243,6 +243,7 @@ def step_outputs(text: str, tiny: Tiny, dense: ir.Model) -> Arrays:
         ("ficoco-v:r=2,keep=0.5", "one of the two"),
         ("evit:keep=0", "a share in"),
         ("evit:correlate=tome", "correlate=tome with compress=fuse"),
+        ("ficoco-v:eps=1", "0.001 to 0.999"),
         ("ficoco-v:grid=4x4", "grid=4x4 has 16 places"),
         ("ficoco-v:grid=five", "rows x columns"),
         ("reduce:filter=clever", "one of tome, evit"),

@@ -82,7 +82,7 @@ class FicocoLOptions(SpanOptions):
         keep: share of the span's tokens that each of these layers keeps, in (0, 1]. 0.8 three times leaves a half.
         beta: weight of redundancy against what the text attends to.
         gam: weight of direct correlation against that by way of the text.
-        eps: quantile of the correlations above which a token joins.
+        eps: quantile of the correlations above which a token joins, 0.001 to 0.999.
     """
 
     layers: str = "auto"
@@ -97,7 +97,7 @@ class FicocoLOptions(SpanOptions):
         need(name, 0.0 < self.keep <= 1.0, f"keep={self.keep}", "a share in (0, 1]")
         need(name, 0.0 <= self.beta <= 1.0, f"beta={self.beta}", "0 to 1")
         need(name, 0.0 <= self.gam <= 1.0, f"gam={self.gam}", "0 to 1")
-        need(name, 0.0 < self.eps <= 1.0, f"eps={self.eps}", "a quantile in (0, 1]")
+        need(name, 1 <= round(self.eps * 1000) <= 999, f"eps={self.eps}", "a quantile from 0.001 to 0.999")
 
     @property
     def pass_name(self) -> str:

@@ -82,7 +82,11 @@ class SpanMethod(Pass):
                 "one method alone: no proof covers it beside another",
             )
         if anchors.input_ids is None:
-            raise AnchorError(f"pass '{self.name}' found no token input", fix="see `trtpass inspect`")
+            raise AnchorError(
+                f"pass '{self.name}' found no token input",
+                "a decoder: token ids in, logits out",
+                "for an encoder use tome, evit, ficoco-v or scc; `trtpass inspect` says what was found",
+            )
         lm_head(anchors)
         found = describe(anchors) if self.options.span == "auto" else None
         if span is None:

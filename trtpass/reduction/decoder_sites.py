@@ -16,7 +16,7 @@ from trtpass.reduction.decoder import Cut, ImageSpan, Span
 from trtpass.reduction.decoder_options import FicocoLOptions
 from trtpass.reduction.emit import F32, I32, I64, Emitter
 from trtpass.reduction.options import ReductionOptions
-from trtpass.reduction.stream import Stream, last_axis
+from trtpass.reduction.stream import Stream, last_axis, repeated
 
 BOOL = ir.DataType.BOOL
 
@@ -249,24 +249,11 @@ def correlate(
         "FicocoCorrelate", [affinity, index, site.candidate(), count], ["chosen", "weight"],
         {**site.sizes(), "T": entries}, eps_permille=eps,
     )  # fmt: skip
-    source = _repeated(site, rest, chosen, members, entries)
+    source = repeated(emit, rest, chosen, members)
     # An entry of no token, in a row that drops fewer than the longest, joins nothing: rest holds S there.
     real = emit.node("Less", [source, site.column()], "is_member", BOOL, [batch, entries])
     target = emit.node("Where", [real, chosen, source], "target", I32, [batch, entries])
     return target, weight, source
-
-
-def _repeated(site: SpanSite, rest: ir.Value, chosen: ir.Value, members: Any, entries: Any) -> ir.Value:
-    """``rest [B, M]`` with each entry K times `[B, T]`."""
-    emit, batch = site.emit, site.stream.batch
-    total = emit.node("Shape", [chosen], "entries", I64, [1], start=1, end=2)
-    most = emit.node("Shape", [rest], "most", I64, [1], start=1, end=2)
-    divisor = emit.node("Max", [most, emit.ints(1)], "most_or_one", I64, [1])
-    each = emit.node("Div", [total, divisor], "members", I64, [1])
-    wide = emit.node("Concat", [emit.ints(1, 1), each], "member_shape", I64, [3], axis=0)
-    column = last_axis(emit, rest, "rest_column")
-    spread = emit.node("Expand", [column, wide], "rest_wide", I32, [batch, site.dropped, members])
-    return emit.node("Reshape", [spread, emit.ints(0, -1)], "rest_members", I32, [batch, entries])
 
 
 def merged(site: SpanSite, kept: ir.Value, target: ir.Value, weight: ir.Value, source: ir.Value) -> ir.Value:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from trtpass.ir import dims
 from trtpass.reduction.emit import F32, I32, I64
 from trtpass.reduction.filters import Site
-from trtpass.reduction.stream import Stream, gathered, last_axis
+from trtpass.reduction.stream import Stream, gathered, last_axis, repeated
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def _candidate(site: Site) -> ir.Value:
     """1 for tokens that others may join: odd ones for ToMe's filter, else all that are not protected."""
 
     def make() -> ir.Value:
-        one = site.emit.node("Cast", [site.emit.scalar(1.0)], "one", I32, [], to=int(I32))
+        one = site.emit.scalar(1, np.int32)
         return site.emit.node(
             "Sub", [one, site.stream.protected], "candidate", I32, [site.stream.batch, site.stream.length]
         )
@@ -109,7 +110,7 @@ def compress(site: Site, split: Split, join: Join | None) -> Stream:
         negative = emit.node("Sub", [split.rest, split.rest], "rest_zero", I32, [batch, split.dropped])
         nowhere = emit.node(
             "Sub",
-            [negative, emit.node("Cast", [emit.scalar(1.0)], "one_place", I32, [], to=int(I32))],
+            [negative, emit.scalar(1, np.int32)],
             "nowhere",
             I32,
             [batch, split.dropped],
@@ -119,7 +120,9 @@ def compress(site: Site, split: Split, join: Join | None) -> Stream:
             kept, size, place, length, count = _fused(site, split, kept, size, place)
     else:
         target = join.target
-        rest = _repeated(site, split, join)
+        rest = split.rest
+        if join.members != 1:
+            rest = repeated(emit, rest, join.target, join.members)
         members = rows(site, stream.tokens, rest, "rest_rows", (dims(join.target) or [None, None])[1])
         member_size = gathered(emit, stream.size, rest, "rest_size", (dims(join.target) or [None, None])[1])
         kept, size = _merged(site, split, join, kept, size, members, member_size)
@@ -153,29 +156,12 @@ def _fused(
     sum_size = emit.node("ReduceSum", [rest_size, emit.ints(1)], "fused_size", F32, [batch, 1], keepdims=1)
     sizes = emit.node("Concat", [size, sum_size], "sizes", F32, [batch, length], axis=1)
     first = emit.node("Slice", [place, emit.ints(0), emit.ints(1), emit.ints(1)], "a_place", I32, [batch, 1])
-    one = emit.node("Cast", [emit.scalar(1.0)], "fused_one", I32, [], to=int(I32))
+    one = emit.scalar(1, np.int32)
     none = emit.node(
         "Sub", [emit.node("Sub", [first, first], "no_place", I32, [batch, 1]), one], "fused_place", I32, [batch, 1]
     )
     places = emit.node("Concat", [place, none], "places", I32, [batch, length], axis=1)
     return joined, sizes, places, length, emit.node("Add", [split.count, one], "fused_count", I32, [batch])
-
-
-def _repeated(site: Site, split: Split, join: Join) -> ir.Value:
-    """``rest`` with each entry K times `[B, T]`."""
-    if join.members == 1:
-        return split.rest
-    emit, batch = site.emit, site.stream.batch
-    total = emit.node("Shape", [join.target], "targets", I64, [1], start=1, end=2)
-    dropped = emit.node("Shape", [split.rest], "dropped", I64, [1], start=1, end=2)
-    least = emit.node("Max", [dropped, emit.ints(1)], "dropped_or_one", I64, [1])
-    members = emit.node("Div", [total, least], "members", I64, [1])
-    shape = emit.node("Concat", [emit.ints(1, 1), members], "member_shape", I64, [3], axis=0)
-    column = last_axis(emit, split.rest, "rest_column")
-    wide = emit.node("Expand", [column, shape], "rest_wide", I32, [batch, split.dropped, join.members])
-    return emit.node(
-        "Reshape", [wide, emit.ints(0, -1)], "rest_members", I32, [batch, (dims(join.target) or [None, None])[1]]
-    )
 
 
 def _merged(

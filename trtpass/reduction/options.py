@@ -55,7 +55,7 @@ class ReductionOptions:
         cls: leading tokens that are never touched; ``auto`` finds them.
         grid: rows x columns of the tokens, such as ``16x16``; ``auto`` finds it.
         lam: weight of redundancy against attention of CLS in ``filter=ficoco-v``.
-        eps: quantile of the correlations above which a token joins, in ``correlate=ficoco-v``.
+        eps: quantile of the correlations above which a token joins, 0.001 to 0.999, in ``correlate=ficoco-v``.
         seed: of ``filter=random``.
     """
 
@@ -97,7 +97,7 @@ class ReductionOptions:
         need(name, not (both and self.r and self.keep < 1.0), f"r={self.r} and keep={self.keep}", "one of the two")
         need(name, -1.0 <= self.inflect <= 1.0, f"inflect={self.inflect}", "-1 to 1")
         need(name, 0.0 <= self.lam <= 1.0, f"lam={self.lam}", "0 to 1")
-        need(name, 0.0 < self.eps <= 1.0, f"eps={self.eps}", "a quantile in (0, 1]")
+        need(name, 1 <= round(self.eps * 1000) <= 999, f"eps={self.eps}", "a quantile from 0.001 to 0.999")
         need(name, self.cls == "auto" or self.cls.isdecimal(), f"cls={self.cls}", "auto or a number of tokens")
         need(name, 0 <= self.seed < 2**20, f"seed={self.seed}", "0 to 1048575")
         self.figures()

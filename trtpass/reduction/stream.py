@@ -82,6 +82,20 @@ def last_axis(emit: Emitter, value: ir.Value, role: str) -> ir.Value:
     return emit.node("Unsqueeze", [value, emit.ints(-1)], role, value.dtype, [*(dims(value) or [None, None]), 1])
 
 
+def repeated(emit: Emitter, rest: ir.Value, target: ir.Value, members: Any) -> ir.Value:
+    """``rest`` `[B, M]` with each entry K times, as long as ``target`` `[B, M K]`; ``members`` is K where known."""
+    batch, dropped = dims(rest) or [None, None]
+    entries = (dims(target) or [None, None])[1]
+    total = emit.node("Shape", [target], "entries", I64, [1], start=1, end=2)
+    most = emit.node("Shape", [rest], "dropped", I64, [1], start=1, end=2)
+    divisor = emit.node("Max", [most, emit.ints(1)], "dropped_or_one", I64, [1])
+    each = emit.node("Div", [total, divisor], "members", I64, [1])
+    shape = emit.node("Concat", [emit.ints(1, 1), each], "member_shape", I64, [3], axis=0)
+    column = last_axis(emit, rest, "rest_column")
+    wide = emit.node("Expand", [column, shape], "rest_wide", I32, [batch, dropped, members])
+    return emit.node("Reshape", [wide, emit.ints(0, -1)], "rest_members", I32, [batch, entries])
+
+
 def key_bias(emit: Emitter, stream: Stream, sizes: bool, pads: bool) -> ir.Value:
     """A mask float32 `[B, 1, S, S]` on keys: log(size), for attention that counts each key as often as its size, and a
     large negative number behind a row's ``lengths``, where rows of a batch have different numbers of tokens.
