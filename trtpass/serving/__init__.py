@@ -1,5 +1,5 @@
-"""Serving an engine: rows that join and leave a running batch, requests, and the models that Triton Inference Server loads.
+"""Serving an engine: rows that join and leave a batch, requests, and the models that Triton loads.
 
 Everything here runs inside the server's model process, on what a serving machine has: numpy, onnx, ONNX Runtime and
-tokenizers. What starts a server and talks to it is ``trtpass.server``; what writes a model repository, ``trtpass.deploy``.
+tokenizers. What starts a server and talks to it is ``trtpass.server``; ``trtpass.deploy`` writes model repositories.
 """

@@ -11,8 +11,8 @@ import numpy as np
 class Batch(Protocol):
     """Rows of one engine in decode. A row is known by a number of its own from ``join`` to ``leave``.
 
-    What a row computes does not depend on the rows beside it: its tokens are those of ``Engine.generate`` on that prompt
-    alone. One thread calls.
+    What a row computes does not depend on the rows beside it: its tokens are those of ``Engine.generate`` on that
+    prompt alone. One thread calls.
 
     Attributes:
         rows: most rows at once.
