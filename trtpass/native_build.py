@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import TYPE_CHECKING, Annotated
 
 from trtpass import native
 from trtpass.errors import InputError, TrtpassError
 from trtpass.op import Op, Port
+
+if TYPE_CHECKING:
+    import typer  # a model process, which only asks for the fingerprint, does not have it
 
 ISAS = {
     "x86_64": {
@@ -240,4 +241,6 @@ def main(
 
 
 if __name__ == "__main__":
+    import typer
+
     typer.run(main)
