@@ -262,7 +262,9 @@ def generate_command(
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     chunk: Annotated[int | None, typer.Option(help="Prefill in chunks of so many tokens.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Share of the probability to sample from.")] = 1.0,
     seed: Annotated[int, typer.Option(help="For temperature > 0.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; repeat for several.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads; default: all cores.")] = None,
     provider: Annotated[
         str, typer.Option(help="ONNX Runtime provider: cpu, cuda, ... Another one is an error.")
@@ -277,8 +279,9 @@ def generate_command(
     from trtpass.generate import generate
 
     rows = generate(
-        engine, prompt, max_tokens=max_tokens, chunk=chunk, temperature=temperature, seed=seed, threads=threads,
-        provider=provider, pages=pages, say=None if json else lambda text: typer.echo(text, err=True),
+        engine, prompt, max_tokens=max_tokens, chunk=chunk, temperature=temperature, top_p=top_p, seed=seed,
+        stop=stop or (), threads=threads, provider=provider, pages=pages,
+        say=None if json else lambda text: typer.echo(text, err=True),
         write=None if json else lambda piece: typer.echo(piece, nl=False),
     )  # fmt: skip
     if json:

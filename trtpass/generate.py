@@ -11,7 +11,7 @@ from trtpass.manifest import Manifest
 from trtpass.paged import CacheFull, PagedEngine
 from trtpass.runtime import Engine
 from trtpass.sampling import Step
-from trtpass.text import TextStream, Tokenizer
+from trtpass.text import Answer, Tokenizer
 
 RUNNABLE = ("cpu", "portable")
 
@@ -23,7 +23,9 @@ def generate(
     max_tokens: int,
     chunk: int | None = None,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     seed: int = 0,
+    stop: Sequence[str] = (),
     threads: int | None = None,
     provider: str = "cpu",
     pages: int | None = None,
@@ -35,6 +37,8 @@ def generate(
     Args:
         prompts: one text a row; they run as one batch, of any lengths.
         chunk: tokens of prefill at a time; None reads whole prompts.
+        temperature, top_p, seed: as for ``Engine.generate``.
+        stop: texts that end a row, whose text is cut before the first of them (``trtpass.text.StopText``).
         provider: of ONNX Runtime; a session that got another one is an error (the runtime falls back in silence).
         pages: pages of each layer's pool, where the cache is paged; None has room for every key.
         write: called with each piece of text of a single prompt as it is made, or with the whole of each of several.
@@ -76,7 +80,7 @@ def generate(
     engine = Engine.open(folder, provider, threads, manifest.context)
     if say:
         say(f"{manifest.model}, target {manifest.target}, on {engine.provider}")
-    streams = [TextStream(tokenizer) for _ in rows]
+    answers = [Answer(tokenizer, stop) for _ in rows]
     texts, tokens = [""] * len(rows), [list[int]() for _ in rows]
     stopped: list[str | None] = [None] * len(rows)
     paged = engine if isinstance(engine, PagedEngine) else None
@@ -84,18 +88,26 @@ def generate(
         raise InputError(f"{pages} pages for a dense cache", "an engine with a cache policy")
     if paged is not None:
         paged.limit_pages = pages
-    for step in _until_full(engine.generate(rows, max_tokens, manifest.stop_ids, temperature, seed, chunk), say):
+    steps = engine.generate(
+        rows, max_tokens, manifest.stop_ids, temperature, seed, chunk, top_p, lambda i, token: answers[i].push(token)
+    )
+
+    def show(row: int, piece: str) -> None:
+        texts[row] += piece
+        if write and piece and len(rows) == 1:
+            write(piece)
+
+    for step in _until_full(steps, say):
         for i, token in enumerate(step.tokens):
             if token is None:
                 continue
             tokens[i].append(token)
-            piece = "" if token in manifest.stop_ids else streams[i].push(token)
-            if step.stopped[i]:
-                stopped[i] = step.stopped[i]
-                piece += streams[i].finish()
-            texts[i] += piece
-            if write and piece and len(rows) == 1:
-                write(piece)
+            reason = step.stopped[i]
+            piece, stopped[i] = answers[i].finish(reason) if reason else (answers[i].take(), None)
+            show(i, piece)
+    for i in [i for i, reason in enumerate(stopped) if reason is None]:
+        piece, stopped[i] = answers[i].finish("cache")
+        show(i, piece)
     if write:
         write("\n" if len(rows) == 1 else "".join(f"[{i}] {text}\n" for i, text in enumerate(texts)))
     made: list[dict[str, Any]] = [
@@ -104,7 +116,7 @@ def generate(
             "text": t,
             "prompt_tokens": len(r),
             "tokens": n,
-            "stopped": s or "cache",
+            "stopped": s,
             "provider": engine.provider,
         }
         for p, t, r, n, s in zip(prompts, texts, rows, tokens, stopped, strict=True)

@@ -5,7 +5,7 @@ The cache is allocated once per call of ``prefill`` and bound as past and presen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -212,6 +212,8 @@ class Engine:
         temperature: float = 0.0,
         seed: int = 0,
         chunk: int | None = None,
+        top_p: float = 1.0,
+        ends: Callable[[int, int], bool] | None = None,
     ) -> Iterator[Step]:
         """Prefill, then one ``Step`` at a time until every row has stopped.
 
@@ -222,19 +224,17 @@ class Engine:
             temperature: 0 is greedy; else softmax(logits / temperature) is sampled.
             seed: each row has a random stream of its own, so that it does not depend on the rows beside it.
             chunk: as for ``prefill``.
+            top_p: share of the probability that is sampled from (``trtpass.sampling.sample``).
+            ends: called with a row and its new token, unless that is a stop token; whether it ends the row.
 
         Raises:
-            InputError: as ``prefill``, and for max_tokens below 1 or a negative temperature, before anything is run.
+            InputError: as ``prefill``, and for a value out of its range, before anything is run.
         """
-        if max_tokens < 1:
-            raise InputError(f"max_tokens={max_tokens}", "1 or more")
-        if not temperature >= 0:
-            raise InputError(f"temperature={temperature}", "0 (greedy) or more")
         wanted = int(self._check_rows(rows).max()) + max_tokens
         slots = self.fixed_capacity or (wanted if self.context is None else min(wanted, self.context))
         if chunk is not None:
             self._check_chunk(chunk)
-        sampler = Sampler(len(rows), max_tokens, stop_ids, temperature, seed)
+        sampler = Sampler(len(rows), max_tokens, stop_ids, temperature, seed, top_p, ends)
         return self._steps(rows, sampler, chunk, slots)
 
     def _steps(self, rows: Sequence[Sequence[int]], sampler: Sampler, chunk: int | None, slots: int) -> Iterator[Step]:

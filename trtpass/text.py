@@ -10,6 +10,7 @@ from trtpass.errors import InputError
 
 _REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not (yet) UTF-8
 _LONGEST = 4  # bytes of a UTF-8 character: more tokens than that cannot be one character in the making
+MOST_STOPS, LONGEST_STOP = 16, 1024  # stop texts of an answer, characters of one: every piece is searched for them
 
 
 class Tokenizer:
@@ -79,3 +80,79 @@ class TextStream:
         self._ids = self._ids[self._shown :]
         self._shown = len(self._ids)
         return text[len(before) :]
+
+
+class StopText:
+    """Cuts a growing text before the first of some stop texts: the one whose place in the text is the earliest.
+
+    Pieces in, pieces out; joined, they are the text up to there. Withheld is only what begins a stop text if the next
+    characters go on like it, so how the text is split changes nothing.
+
+    Args:
+        stops: texts of 1 to 1024 characters, at most 16.
+
+    Attributes:
+        found: whether the text has ended; what is pushed then is ignored.
+
+    Raises:
+        InputError: too many stop texts, or one that is empty or too long.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if len(stops) > MOST_STOPS:
+            raise InputError(f"{len(stops)} stop texts", f"at most {MOST_STOPS}")
+        for stop in stops:
+            if not 1 <= len(stop) <= LONGEST_STOP:
+                raise InputError(f"a stop text of {len(stop)} characters", f"1 to {LONGEST_STOP} characters")
+        self.found = False
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, piece: str) -> str:
+        """Add a piece; returns the text that is sure to be before any stop text (perhaps none)."""
+        if self.found or not piece:
+            return ""
+        text, at = self._cut(piece)
+        begun = next((i for i in range(min(at, len(text))) if self._begins(text[i:])), None)
+        self.found = begun is None and at < len(text)
+        shown = at if begun is None else begun
+        self._held = "" if self.found else text[shown:]
+        return text[:shown]
+
+    def finish(self) -> str:
+        """The text has ended: what was withheld, up to a stop text in it."""
+        text, at = self._cut("")
+        self.found, self._held = self.found or at < len(text), ""
+        return text[:at]
+
+    def _cut(self, piece: str) -> tuple[str, int]:
+        """What was withheld and ``piece``, and where the first whole stop text in it begins; its length if none."""
+        text = self._held + piece
+        places = [at for at in map(text.find, self._stops) if at >= 0]
+        return text, min(places, default=len(text))
+
+    def _begins(self, rest: str) -> bool:
+        return any(len(rest) < len(stop) and stop.startswith(rest) for stop in self._stops)
+
+
+class Answer:
+    """The text of one answer: tokens in, pieces out, cut before the first of the ``stops`` (see ``StopText``)."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        self._stream, self._stop = TextStream(tokenizer), StopText(stops)
+        self._ready = ""
+
+    def push(self, token: int) -> bool:
+        """Add a token, which is not a stop token; returns whether a stop text has ended the answer."""
+        self._ready += self._stop.push(self._stream.push(token))
+        return self._stop.found
+
+    def take(self) -> str:
+        """The text that is complete now and was not taken yet."""
+        made, self._ready = self._ready, ""
+        return made
+
+    def finish(self, reason: str) -> tuple[str, str]:
+        """The last text, and why the answer ended: ``reason``, or ``stop`` if the last text held a stop text."""
+        last = self._stop.push(self._stream.finish()) + self._stop.finish()
+        return self.take() + last, "stop" if self._stop.found else reason
