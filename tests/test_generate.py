@@ -65,6 +65,38 @@ def test_text_streams_in_pieces_that_join(dense: Path) -> None:
     assert "".join(pieces) == row["text"] + "\n" and len(pieces) > 3
 
 
+def test_stop_texts_end_rows(dense: Path) -> None:
+    whole = generate(dense, PROMPTS, max_tokens=40)
+    text = whole[0]["text"]
+    stops = [text[7:9], "never in any answer"]
+    pieces: list[str] = []
+    (row,) = generate(dense, PROMPTS[:1], max_tokens=40, stop=stops, write=pieces.append)
+    assert row["text"] == text[: text.index(stops[0])] and row["stopped"] == "stop"
+    assert "".join(pieces) == row["text"] + "\n"
+    assert row["tokens"] == whole[0]["tokens"][: len(row["tokens"])] and len(row["tokens"]) < 40
+    for alone, together in zip(whole, generate(dense, PROMPTS, max_tokens=40, stop=stops), strict=True):
+        places = [alone["text"].find(stop) for stop in stops if stop in alone["text"]]
+        assert together["text"] == alone["text"][: min(places, default=None)]
+        assert together["stopped"] == ("stop" if places else "length")
+
+
+def test_what_a_stop_text_withheld_is_shown_at_the_end(dense: Path) -> None:
+    (whole,) = generate(dense, PROMPTS[:1], max_tokens=12)
+    (row,) = generate(dense, PROMPTS[:1], max_tokens=12, stop=[whole["text"][-3:] + "x"])
+    assert row == whole
+
+
+def test_top_p(dense: Path) -> None:
+    options: dict[str, Any] = {"max_tokens": 30, "temperature": 1.5, "seed": 3}
+    (greedy,) = generate(dense, PROMPTS[:1], max_tokens=30)
+    assert generate(dense, PROMPTS[:1], top_p=1e-9, **options) == [greedy]
+    sampled = [generate(dense, PROMPTS[:1], top_p=p, **options)[0]["tokens"] for p in (0.5, 0.9, 1.0)]
+    assert len({tuple(tokens) for tokens in sampled}) == 3
+    for bad in (0.0, 1.5, float("nan")):
+        with pytest.raises(InputError, match="top_p"):
+            generate(dense, PROMPTS[:1], max_tokens=4, top_p=bad)
+
+
 def test_a_sparse_engine_generates_and_refuses_chunks(tmp_path_factory: pytest.TempPathFactory) -> None:
     sparse = tiny_engine(tmp_path_factory, "sparse")
     prompt = "A prompt that is long enough for some of its tokens to be dropped."
