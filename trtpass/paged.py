@@ -6,17 +6,18 @@ written, so what a process holds is what the policy keeps. Pages that are given 
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from trtpass.engine_checks import RowFailed, need_numbers
 from trtpass.errors import InputError
+from trtpass.paged_state import PagedState, Usage, paged
 from trtpass.pages import BROKEN, CacheFull, Moves, Pages
 from trtpass.passes.cache_policy import SINKS_KEY, WINDOW_KEY
 from trtpass.passes.paged_cache import KIND_KEY, PAGE_KEY, PAGED
+from trtpass.reserved import Reserved
 from trtpass.runtime import DECODE, PREFILL, Engine, State, last, padded
 from trtpass.sampling import Sampler, Step
 from trtpass.sessions import Source
@@ -29,40 +30,6 @@ INTS = np.dtype(np.int32)
 def is_paged(stated: Mapping[str, str]) -> bool:
     """Whether a graph's properties say that its cache is paged."""
     return stated.get(KIND_KEY) == PAGED
-
-
-@dataclass
-class PagedState(State):
-    """A batch in progress.
-
-    Attributes:
-        cache: the pools ``[P, Z, D]`` by name, ``past.{i}.key`` and ``past.{i}.value``.
-        pages: who holds what in them; ``lengths`` is its own.
-    """
-
-    pages: Pages
-    step: dict[str, np.ndarray] = field(default_factory=dict)  # buffers of a decode step, bound once
-    binding: Any = None
-
-    @property
-    def bytes_held(self) -> int:
-        """Bytes of the pages that are in use, keys and values of all layers."""
-        of_page = sum(pool[0].nbytes for pool in self.cache.values()) // self.pages.layers if self.cache else 0
-        return self.pages.pages_held * of_page
-
-    def kept(self) -> np.ndarray:
-        """Share of its tokens that each owner holds ``[L, B, Hkv]``; 0 for a row that was released."""
-        share: np.ndarray = self.pages.held / np.maximum(self.lengths, 1)[None, :, None]
-        return share
-
-
-@dataclass
-class Usage:
-    """What a generation needed: the share of its keys that each row held at its end ``[B]``, and the most bytes of
-    pages that all rows together held after a step."""
-
-    kept: np.ndarray
-    bytes: int = 0
 
 
 class PagedEngine(Engine):
@@ -112,16 +79,39 @@ class PagedEngine(Engine):
         if chunk is not None:
             self._check_chunk(chunk)
         state = self.new_state(len(rows), slots, pages)
-        if chunk is not None:
+        if chunk is None:
+            state.logits = self._read(rows, lengths, state, state.pages)
+        else:
             self.append(state, rows, chunk)
-            return state
-        feeds = {"input_ids": padded(rows, lengths), "lengths": lengths, "free": state.pages.free()}
+        return state
+
+    def read(self, state: State, row: int, prompt: Sequence[int]) -> np.ndarray:
+        """Read a whole prompt into one row of a batch, which holds nothing; returns the logits ``[V]`` after it.
+
+        Args:
+            state: changed in place, at this row only.
+            row: which one.
+            prompt: token ids, at least one.
+
+        Raises:
+            InputError, CacheFull: as ``prefill``; free pages may have been written to then, and nothing else.
+        """
+        state = paged(state)
+        lengths = self._check_rows([prompt])
+        self._check_fits(int(lengths[0]), state.capacity)
+        state.logits[row] = self._read([prompt], lengths, state, state.pages.row(row))[0]
+        answer: np.ndarray = state.logits[row]
+        return answer
+
+    def _read(self, rows: Sequence[Sequence[int]], lengths: np.ndarray, state: PagedState, book: Pages) -> np.ndarray:
+        """Whole prompts into the rows of ``book``; returns the logits ``[B, V]`` after them."""
+        most = self.heads * int((-(-lengths // self.page)).sum())  # pages of a layer that keeps all of them
+        feeds = {"input_ids": padded(rows, lengths), "lengths": lengths, "free": book.free(most)}
         made = self._call(PREFILL, feeds, state, ("logits", "page_table", "slot", "keep"))
         self._decided(made["keep"])
         self._need_numbers(made["keep"], lengths)
-        state.pages.fill(lengths, made["page_table"], made["slot"], made["keep"])
-        state.logits = last(made["logits"], lengths)
-        return state
+        book.fill(lengths, made["page_table"], made["slot"], made["keep"])
+        return last(made["logits"], lengths)
 
     def decode(self, state: State, tokens: Sequence[int], active: Sequence[bool] | None = None) -> np.ndarray:
         """Append one token to each row; returns (and keeps in ``state``) the logits ``[B, V]`` after it.
@@ -132,22 +122,29 @@ class PagedEngine(Engine):
             active: False for rows that have ended: they write nothing.
 
         Raises:
-            InputError: as ``Engine.decode``; or the policy's scores came out as NaN.
+            InputError: as ``Engine.decode``.
+            RowFailed: scores or logits of a row came out as NaN; nothing has changed.
             CacheFull: no page is left; nothing has changed.
         """
-        state = _paged(state)
+        state = paged(state)
         ids, moving = self._check_step(state, tokens, active)
+        held = state.pages.held.copy()
         slot = state.pages.place(moving)
         if state.binding is None:
             self._bind_step(state)
         state.step["input_ids"][:] = ids[:, None]
         state.step["slot"][:] = slot
-        self._run_bound(DECODE, state.binding)
         keep = state.step["keep"]
+        try:
+            self._run_bound(DECODE, state.binding)
+            self._need_numbers(keep, moving.astype(np.int32))
+            need_numbers(state.step["logits"], moving)
+        except InputError:
+            state.pages.cut(held)
+            raise
         state.pages.settle(slot, keep, moving)
         state.logits = state.step["logits"][:, -1].astype(np.float32)
         self._decided(keep)
-        self._need_numbers(np.where(moving[None, :, None, None], keep, 1), np.ones_like(state.lengths))
         return state.logits
 
     def append(self, state: State, rows: Sequence[Sequence[int]], chunk: int | None = None) -> np.ndarray:
@@ -165,7 +162,7 @@ class PagedEngine(Engine):
             InputError: an id outside the vocabulary, more tokens than the capacity, or NaN scores.
             CacheFull: more pages are needed than are left: what fitted of this turn is taken back.
         """
-        state = _paged(state)
+        state = paged(state)
         counts = self._check_turn(state, rows)
         book = state.pages
         self._move(state, book.evict_due())
@@ -200,7 +197,7 @@ class PagedEngine(Engine):
 
     def release(self, state: State, row: int) -> None:
         """Give back the pages of a row that has ended."""
-        _paged(state).pages.release(row)
+        paged(state).pages.release(row)
 
     def _steps(self, rows: Sequence[Sequence[int]], sampler: Sampler, chunk: int | None, slots: int) -> Iterator[Step]:
         state = self.prefill(rows, chunk, slots, self.limit_pages)
@@ -227,11 +224,18 @@ class PagedEngine(Engine):
         """An empty cache for ``batch`` rows of at most ``slots`` tokens; ``pages`` of each layer, or enough for all."""
         entries = -(-slots // self.page)
         count = batch * self.heads * entries if pages is None else pages
-        if count < 1:
-            raise InputError(f"a cache of {count} pages", "1 or more for each layer")
         book = Pages(self.layers, batch, self.heads, self.page, count, entries, self.window, self.sinks)
-        cache = {name: _reserve((count, self.page, width), self._cache_dtype) for name, width in self._widths.items()}
-        return PagedState(cache, book.lengths, np.zeros((batch, self.vocab), np.float32), slots, book)
+        return self.state_of(book, {name: pool.array for name, pool in self.pools(count).items()}, slots)
+
+    def pools(self, pages: int) -> dict[str, Reserved]:
+        """New pools ``[P, Z, D]`` of so many pages, by name."""
+        if pages < 1:
+            raise InputError(f"a cache of {pages} pages", "1 or more for each layer")
+        return {name: Reserved((pages, self.page, wide), self._cache_dtype) for name, wide in self._widths.items()}
+
+    def state_of(self, book: Pages, pools: Mapping[str, np.ndarray], slots: int) -> PagedState:
+        """The batch of a book's rows, of at most ``slots`` tokens each, in pools that other batches may share."""
+        return PagedState(dict(pools), book.lengths, np.zeros((book.batch, self.vocab), np.float32), slots, book)
 
     def _call(
         self, phase: str, feeds: Mapping[str, np.ndarray], state: PagedState, wanted: Sequence[str],
@@ -280,32 +284,16 @@ class PagedEngine(Engine):
             self.decisions.append(keep.copy())
 
     def _need_numbers(self, keep: np.ndarray, counts: np.ndarray) -> None:
-        """Raises InputError where the policy's score of a valid token came out as NaN (it counts as kept)."""
+        """Raises RowFailed where the policy's score of a valid token came out as NaN (it counts as kept)."""
         broken = (keep == BROKEN) & (np.arange(keep.shape[-1]) < counts[:, None, None])
         if broken.any():
             layer, row, head, token = np.argwhere(broken)[0].tolist()
-            raise InputError(
-                f"the policy's score of layer {layer}, KV head {head} is NaN (row {row}, token {token} of this call)",
-                "finite scores", "the model's activations or the checkpoint hold NaN: check both",
-            )  # fmt: skip
+            raise RowFailed(
+                row, f"the policy's score of layer {layer}, KV head {head}", f", token {token} of this call"
+            )
 
     def run_named(self, rows: Sequence[Sequence[int]], names: Sequence[str]) -> dict[str, np.ndarray]:
         lengths = self._check_rows(rows)
         state = self.new_state(len(rows), self._capacity(int(lengths.max()), None), None)
         feeds = {"input_ids": padded(rows, lengths), "lengths": lengths, "free": state.pages.free()}
         return self._call(PREFILL, feeds, state, tuple(dict.fromkeys(("logits", *names))), tuple(names))
-
-
-def _paged(state: State) -> PagedState:
-    if not isinstance(state, PagedState):
-        raise InputError("the state of an engine with a dense cache", "what this engine's prefill returned")
-    return state
-
-
-def _reserve(shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
-    """Zeros whose memory is taken page by page as they are written; in small pages, or each touch would take 2 MiB."""
-    count = int(np.prod(shape))
-    area = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        area.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(area, dtype, count).reshape(shape)

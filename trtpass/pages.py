@@ -10,19 +10,19 @@ token at T - 1 - W if that is evicted, and its place in the ring is T's own: the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from trtpass.errors import InputError
+from trtpass.free_pages import CacheFull, FreePages, Ints
 
-Ints = np.ndarray[Any, np.dtype[np.int32]]
+__all__ = ["BROKEN", "EVICTED", "CacheFull", "FreePages", "Moves", "Pages"]
+
 EVICTED, BROKEN = 0, -1  # decisions of a policy; 1 and above: kept
 
 
-class CacheFull(InputError):
-    """No page is left. What was generated so far stays as it is, and the step that did not fit has not been run."""
+ROWS = {"table": 1, "held": 1, "ring": 1, "lengths": 0}  # arrays of a book, and the axis that stands for its rows
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Pages:
         entries: M, pages that an owner may hold.
         window: W, the last tokens that are never evicted.
         sinks: the first tokens that are never evicted.
+        stock: the free pages, where several books share the pools; None makes a stock of its own.
 
     Attributes:
         table: int32 ``[L, B, Hkv, M]``, pages of an owner in the order of its slots, -1 behind them.
@@ -61,6 +62,7 @@ class Pages:
     entries: int
     window: int
     sinks: int
+    stock: FreePages | None = None
     table: Ints = field(init=False)
     held: Ints = field(init=False)
     ring: Ints = field(init=False)
@@ -72,18 +74,47 @@ class Pages:
         self.held = np.zeros(owners, np.int32)
         self.ring = np.full((*owners, self.window + 1), -1, np.int32)
         self.lengths = np.zeros(self.batch, np.int32)
-        self._free = [list(range(self.pages - 1, -1, -1)) for _ in range(self.layers)]  # the last is taken first
+        self._free = self.stock = self.stock or FreePages(self.layers, self.pages)
 
     @property
     def pages_held(self) -> int:
-        """Pages in use, all layers together."""
-        return self.layers * self.pages - sum(map(len, self._free))
+        """Pages of the pools in use, all layers together, by whichever book."""
+        return self._free.held
 
-    def free(self) -> Ints:
-        """Free pages of each layer in the order in which they are taken ``[L, F]``, -1 behind them."""
-        made = np.full((self.layers, max(1, *map(len, self._free))), -1, np.int32)
-        for row, stack in zip(made, self._free, strict=True):
-            row[: len(stack)] = stack[::-1]
+    def free(self, most: int | None = None) -> Ints:
+        """At most so many free pages of each layer, in the order in which they are taken ``[L, F]``, -1 behind them."""
+        return self._free.order(most)
+
+    def empty(self, batch: int) -> Pages:
+        """A book of ``batch`` new rows over the same pools."""
+        return replace(self, batch=batch)
+
+    def row(self, row: int) -> Pages:
+        """The book of one row. It is a part of this one: what changes in either changes in both."""
+        made = self.empty(1)
+        for name, at in ROWS.items():
+            setattr(made, name, getattr(self, name)[(slice(None),) * at + (slice(row, row + 1),)])
+        return made
+
+    @staticmethod
+    def joined(books: Sequence[Pages]) -> Pages:
+        """One book of the rows of several, one at least, over the same pools, in this order. It takes their place."""
+        made = books[0].empty(sum(book.batch for book in books))
+        for name, at in ROWS.items():
+            setattr(made, name, np.concatenate([getattr(book, name) for book in books], at))
+        return made
+
+    def elsewhere(self) -> Pages:
+        """The same rows, holding as much on pages that are free now; this book stays as it is.
+
+        Raises:
+            CacheFull: there are not enough; nothing has changed.
+        """
+        made = Pages.joined([self])
+        self._free.need((self.table >= 0).sum((1, 2, 3)))
+        for i, table in enumerate(made.table):
+            mine = table >= 0
+            table[mine] = self._free.take(i, int(mine.sum()))
         return made
 
     def fill(self, lengths: Ints, table: Ints, slot: Ints, keep: Ints) -> None:
@@ -97,11 +128,9 @@ class Pages:
         kept = (valid & (slot >= 0)).sum(-1, dtype=np.int32)
         need = -(-kept // self.page)
         per_layer = need.sum((1, 2))
-        short = [layer for layer in range(self.layers) if per_layer[layer] > len(self._free[layer])]
-        if short:
-            self._full(int(per_layer[short[0]]), short[0])
+        self._free.need(per_layer)
         for layer, count in enumerate(per_layer):
-            del self._free[layer][len(self._free[layer]) - int(count) :]
+            self._free.take(layer, int(count))
         self.table[..., : table.shape[-1]] = table[..., : self.entries]
         self.held[:] = kept
         self.lengths[:] = lengths
@@ -190,7 +219,7 @@ class Pages:
         """Give back the pages of a row that has ended."""
         for i in range(self.layers):
             pages = self.table[i, row][self.table[i, row] >= 0]
-            self._free[i] += pages[::-1].tolist()
+            self._free.give(i, pages)
         self.table[:, row], self.held[:, row], self.ring[:, row] = -1, 0, -1
 
     def _remember(self, start: Ints, end: Ints, slot: Ints, keep: Ints) -> None:
@@ -218,21 +247,10 @@ class Pages:
                 f"an owner would hold {int(held.max())} keys", f"at most {self.entries * self.page}, its page table's",
                 "allocate a larger capacity in prefill, within the context limit",
             )  # fmt: skip
-        need = more.sum((1, 2))
-        for layer in range(self.layers):
-            if need[layer] > len(self._free[layer]):
-                self._full(int(need[layer]), layer)
+        self._free.need(more.sum((1, 2)))
         for i, b, g in np.argwhere(more > 0).tolist():
-            for entry in range(int(have[i, b, g]), int(have[i, b, g] + more[i, b, g])):
-                self.table[i, b, g, entry] = self._free[i].pop()
-
-    def _full(self, need: int, layer: int) -> None:
-        raise CacheFull(
-            f"the KV cache is full: layer {layer} wants {need} pages, "
-            f"and {len(self._free[layer])} of {self.pages} are free",
-            "room for the keys that are kept",
-            "give more pages, a shorter prompt, fewer rows, or a higher threshold",
-        )
+            start, count = int(have[i, b, g]), int(more[i, b, g])
+            self.table[i, b, g, start : start + count] = self._free.take(i, count)
 
     def _drop(self, holes: dict[tuple[int, int, int], list[int]]) -> list[Moves]:
         """Free the slots in ``holes`` of each owner: the last slots move into them, and pages at the end go back."""
@@ -250,7 +268,7 @@ class Pages:
                     [table[old // self.page], old % self.page, table[new // self.page], new % self.page]
                 )
             keep = -(-left // self.page)
-            self._free[i] += table[keep:][table[keep:] >= 0][::-1].tolist()
+            self._free.give(i, table[keep:][table[keep:] >= 0])
             table[keep:] = -1
             self.held[i, b, g] = left
         return [

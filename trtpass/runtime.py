@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from trtpass.engine_checks import Checks
 from trtpass.errors import InputError
 from trtpass.reduction.decoder import DROPPED, SPAN_KEY, Shortened
 from trtpass.sampling import Sampler, Step
@@ -20,7 +21,6 @@ from trtpass.sessions import Source, dtype_of, give_back, open_session, properti
 
 PREFILL, DECODE = "prefill", "decode"
 ENGINE = "engine"  # the one graph of an encoder
-DEFAULT_HEADROOM = 256  # tokens after the prompt, where neither the graph nor the model states a limit
 
 
 @dataclass
@@ -42,7 +42,7 @@ class State:
     dropped: np.ndarray | None = field(default=None, kw_only=True)
 
 
-class Engine:
+class Engine(Checks):
     """A prefill and a decode graph, opened on one provider; see ``Engine.open``."""
 
     def __init__(
@@ -155,6 +155,28 @@ class Engine:
         state.lengths = np.zeros_like(lengths)
         self.append(state, rows, chunk)
         return state
+
+    def read(self, state: State, row: int, prompt: Sequence[int]) -> np.ndarray:
+        """Read a whole prompt into one row of a batch, whose slots are zeros; returns the logits ``[V]`` after it.
+
+        Args:
+            state: changed in place, at this row only.
+            row: which one.
+            prompt: token ids, at least one.
+
+        Raises:
+            InputError: as ``prefill``; the row's slots may have been written to then, and nothing else.
+        """
+        lengths = self._check_rows([prompt])
+        self._check_fits(int(lengths[0]), state.capacity)
+        names = () if self.shortened is None else (DROPPED,)
+        outputs = self._run(PREFILL, padded([prompt], lengths), {"lengths": lengths}, state, row, outputs=names)
+        state.lengths[row] = lengths[0]
+        if state.dropped is not None:
+            state.dropped[:, row] = outputs[DROPPED][:, 0]
+        state.logits[row] = last(outputs["logits"], lengths)[0]
+        answer: np.ndarray = state.logits[row]
+        return answer
 
     def decode(self, state: State, tokens: Sequence[int], active: Sequence[bool] | None = None) -> np.ndarray:
         """Append one token to each row; returns (and keeps in ``state``) the logits ``[B, V]`` after it.
@@ -323,83 +345,6 @@ class Engine:
             zeros = np.zeros((len(lengths), heads, own, width), self._cache_dtype)
             made[name] = ort.OrtValue.ortvalue_from_numpy(zeros, device, 0)
         return made
-
-    def _capacity(self, longest: int, asked: int | None) -> int:
-        default = self.context if self.context is not None else longest + DEFAULT_HEADROOM
-        slots = self.fixed_capacity or (default if asked is None else asked)
-        if longest > slots:
-            raise InputError(f"a prompt of {longest} tokens for a cache of {slots} slots", f"at most {slots} tokens")
-        return slots
-
-    def _check_rows(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        if not rows or not all(len(row) for row in rows):
-            raise InputError("a batch without rows, or a row without tokens", "at least one token in each row")
-        lengths = np.array([len(row) for row in rows], np.int32)
-        if self.context is not None and lengths.max() > self.context:
-            row = int(lengths.argmax())
-            raise InputError(
-                f"row {row} has {lengths[row]} tokens",
-                f"at most {self.context}, the context limit",
-                "shorten the prompt",
-            )
-        for row_ids in rows:
-            self._check_ids(np.asarray(row_ids, np.int64))
-        if self.shortened is not None:
-            self.shortened.check(lengths)
-        return lengths
-
-    def _check_step(
-        self, state: State, tokens: Sequence[int], active: Sequence[bool] | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids ``[B]``, 0 for rows that have ended, and which rows go on ``[B]``, with room for one more token each."""
-        batch = len(state.lengths)
-        moving = np.ones(batch, bool) if active is None else np.asarray(active, bool)
-        if len(tokens) != batch or moving.shape != (batch,):
-            raise InputError(f"{len(tokens)} tokens for {batch} rows", "one token a row")
-        ids = np.where(moving, np.asarray(tokens, np.int64), 0)
-        self._check_ids(ids)
-        self._check_room(state, moving.astype(np.int32))
-        return ids, moving
-
-    def _check_turn(self, state: State, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """Tokens of each row ``[B]``, all in the vocabulary, with room for them."""
-        if len(rows) != len(state.lengths):
-            raise InputError(f"{len(rows)} rows of tokens for {len(state.lengths)} rows", "one list of tokens a row")
-        for row in rows:
-            self._check_ids(np.asarray(row, np.int64))
-        counts = np.array([len(row) for row in rows], np.int32)
-        self._check_room(state, counts)
-        return counts
-
-    @staticmethod
-    def _check_room(state: State, counts: np.ndarray) -> None:
-        full = (counts > 0) & (state.lengths + counts > state.capacity)
-        if full.any():
-            row = int(full.argmax())
-            more = (
-                "no slot left"
-                if counts[row] == 1
-                else f"{state.capacity - state.lengths[row]} slots left for {counts[row]}"
-            )
-            raise InputError(
-                f"row {row} has {state.lengths[row]} tokens and {more}", "lengths below the capacity",
-                "allocate a larger capacity in prefill, within the context limit",
-            )  # fmt: skip
-
-    def _check_ids(self, ids: np.ndarray) -> None:
-        bad = ids[(ids < 0) | (ids >= self.vocab)]
-        if bad.size:
-            raise InputError(f"token id {int(bad[0])}", f"0 to {self.vocab - 1}", "use this model's tokenizer")
-
-    def _check_chunk(self, chunk: int) -> None:
-        if chunk < 1:
-            raise InputError(f"chunks of {chunk} tokens", "1 or more")
-        if self.whole_prompt:
-            raise InputError(
-                f"prefill in chunks, with method '{self.whole_prompt}'",
-                "whole prompts: the method selects by the last queries, which an early chunk does not have",
-                "leave out chunk, or build a dense engine",
-            )
 
 
 def _key(phase: str, names: tuple[str, ...] = ()) -> str:
