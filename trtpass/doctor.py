@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trtpass.server import install
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -283,6 +285,8 @@ PROBES: dict[str, Callable[[], tuple[str, str, str]]] = {
     "c++ compiler": _compiler,
     "native kernels": _native,
     "triton": _triton,
+    "triton inference server": install.finding,
+    "tritonclient": lambda: _package("tritonclient", "asks servers over gRPC; HTTP needs nothing", "client"),
     "weights of smollm2-135m": _weights,
     "english text": _corpus,
     "disk": _disk,
