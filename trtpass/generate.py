@@ -11,7 +11,7 @@ from trtpass.manifest import Manifest
 from trtpass.paged import CacheFull, PagedEngine
 from trtpass.runtime import Engine
 from trtpass.sampling import Step
-from trtpass.text import Answer, Tokenizer
+from trtpass.text import AnswerText, Tokenizer
 
 RUNNABLE = ("cpu", "portable")
 
@@ -80,7 +80,7 @@ def generate(
     engine = Engine.open(folder, provider, threads, manifest.context)
     if say:
         say(f"{manifest.model}, target {manifest.target}, on {engine.provider}")
-    answers = [Answer(tokenizer, stop) for _ in rows]
+    answers = [AnswerText(tokenizer, stop) for _ in rows]
     texts, tokens = [""] * len(rows), [list[int]() for _ in rows]
     stopped: list[str | None] = [None] * len(rows)
     paged = engine if isinstance(engine, PagedEngine) else None

@@ -34,7 +34,8 @@ class RowSampler:
         stop_ids: tokens that end the row.
         temperature: 0 is greedy; else softmax(logits / temperature) is sampled.
         seed, row: of the random stream.
-        top_p: share of the probability that is sampled from, see ``sample``.
+        top_p: share of the probability that is sampled from, see ``sample``. It and the temperature are rounded to
+            float32, as which a server's request carries them: so the same numbers draw the same tokens.
         ends: called with each token that is no stop token; whether it ends the row (with a stop text, say).
 
     Raises:
@@ -47,14 +48,15 @@ class RowSampler:
     ) -> None:  # fmt: skip
         if max_tokens < 1:
             raise InputError(f"max_tokens={max_tokens}", "1 or more")
-        if not (temperature >= 0 and math.isfinite(temperature)):
+        with np.errstate(over="ignore"):
+            self._temperature, self._top_p = float(np.float32(temperature)), float(np.float32(top_p))
+        if not (temperature >= 0 and math.isfinite(self._temperature)):
             raise InputError(f"temperature={temperature}", "0 (greedy) or more, and finite")
         if not 0 < top_p <= 1:
             raise InputError(f"top_p={top_p}", "above 0 and at most 1 (everything)")
         if seed < 0:
             raise InputError(f"seed={seed}", "0 or more")
         self._left, self._stop_ids, self._ends = max_tokens, stop_ids, ends
-        self._temperature, self._top_p = temperature, top_p
         self._stream = np.random.default_rng([seed, row])
 
     def step(self, logits: np.ndarray, full: bool) -> tuple[int, str | None]:

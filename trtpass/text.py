@@ -135,7 +135,7 @@ class StopText:
         return any(len(rest) < len(stop) and stop.startswith(rest) for stop in self._stops)
 
 
-class Answer:
+class AnswerText:
     """The text of one answer: tokens in, pieces out, cut before the first of the ``stops`` (see ``StopText``)."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:

@@ -26,4 +26,4 @@ class Observer:
         """A row gave up its pages for the others, for a while."""
 
     def state(self, waiting: int, running: int, pages_held: int, pages: int, bytes_held: int, kept: float) -> None:
-        """After every turn of the loop. ``kept``: mean over the running rows; 1 where there is none."""
+        """After every turn of the loop. ``waiting``: paused ones too; ``kept``: mean over the running rows, or 1."""

@@ -16,6 +16,10 @@ class Refused(InputError):
     """A request that may be repeated later: the queue is full, or the server is shutting down."""
 
 
+class OverLimit(InputError):
+    """A request beyond a limit of the server."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt and how to go on from it.
@@ -63,7 +67,8 @@ class Piece:
 
 
 class Listener(Protocol):
-    """Who asked. Called from the scheduler's thread; exactly one of a last piece and ``failed`` ends it."""
+    """Who asked. Called from the scheduler's thread; exactly one of a last piece and ``failed`` ends it. What it raises
+    ends the request too: ``failed`` is called with it."""
 
     def piece(self, piece: Piece) -> None:
         """Take the next piece."""
@@ -85,7 +90,7 @@ class Limits:
 
     Args:
         rows: most requests that are decoded at once.
-        queue: most requests that wait for a row; one more is refused.
+        queue: most requests that wait for a row; one more is refused, that is where ``rows + queue`` run or wait.
         prompt_tokens: most tokens of a prompt.
         new_tokens: most ``max_tokens`` of a request.
         pages: pages of each layer's pool, where the cache is paged; None has room for every key of every row.
