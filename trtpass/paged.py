@@ -225,7 +225,7 @@ class PagedEngine(Engine):
         entries = -(-slots // self.page)
         count = batch * self.heads * entries if pages is None else pages
         book = Pages(self.layers, batch, self.heads, self.page, count, entries, self.window, self.sinks)
-        return self.state_of(book, {name: pool.array for name, pool in self.pools(count).items()}, slots)
+        return self.over(book, {name: pool.array for name, pool in self.pools(count).items()}, slots)
 
     def pools(self, pages: int) -> dict[str, Reserved]:
         """New pools ``[P, Z, D]`` of so many pages, by name."""
@@ -233,7 +233,7 @@ class PagedEngine(Engine):
             raise InputError(f"a cache of {pages} pages", "1 or more for each layer")
         return {name: Reserved((pages, self.page, wide), self._cache_dtype) for name, wide in self._widths.items()}
 
-    def state_of(self, book: Pages, pools: Mapping[str, np.ndarray], slots: int) -> PagedState:
+    def over(self, book: Pages, pools: Mapping[str, np.ndarray], slots: int) -> PagedState:
         """The batch of a book's rows, of at most ``slots`` tokens each, in pools that other batches may share."""
         return PagedState(dict(pools), book.lengths, np.zeros((book.batch, self.vocab), np.float32), slots, book)
 

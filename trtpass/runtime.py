@@ -16,6 +16,7 @@ import numpy as np
 from trtpass.engine_checks import Checks
 from trtpass.errors import InputError
 from trtpass.reduction.decoder import DROPPED, SPAN_KEY, Shortened
+from trtpass.reserved import Reserved
 from trtpass.sampling import Sampler, Step
 from trtpass.sessions import Source, dtype_of, give_back, open_session, properties, provider_name
 
@@ -329,6 +330,26 @@ class Engine(Checks):
             raise InputError(f"the {phase} graph failed: {error}") from error
         if phase == PREFILL:
             give_back()
+
+    def reserve(self, rows: int, slots: int) -> dict[str, Reserved]:
+        """Zeros ``[rows, Hkv, slots, D]`` on the CPU, by name, for rows that come and go: see ``state_of``."""
+        return {
+            name: Reserved((rows, heads, self._slots[name] or slots, width), self._cache_dtype)
+            for name, (heads, width) in self._cache_shapes.items()
+        }
+
+    def state_of(
+        self, cache: Mapping[str, Reserved], lengths: np.ndarray, dropped: np.ndarray | None, slots: int
+    ) -> State:
+        """The first rows of a reserved cache as a batch, of ``lengths [B]`` and at most ``slots`` tokens each."""
+        import onnxruntime as ort
+
+        values = {
+            name: ort.OrtValue.ortvalue_from_numpy(area.array[: len(lengths)], "cpu", 0)  # shares the memory
+            for name, area in cache.items()
+            if len(lengths)
+        }
+        return State(values, lengths, np.zeros((len(lengths), self.vocab), np.float32), slots, dropped=dropped)
 
     def _new_cache(self, lengths: np.ndarray, slots: int) -> dict[str, Any]:
         """Zeros: a slot never written must not hold a NaN, which would pass through a masked product.
