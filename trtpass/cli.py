@@ -407,3 +407,6 @@ def main() -> None:
 def _fail(message: str, code: int, as_json: bool) -> None:
     typer.echo(jsonlib.dumps({"error": message}) if as_json else f"error: {message}", err=True)
     sys.exit(code)
+
+
+import trtpass.cli_serving  # noqa: E402, F401 - its commands; it needs what is defined above
