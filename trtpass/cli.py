@@ -231,9 +231,20 @@ def validate_command(
     short: Annotated[bool, typer.Option("--short", help="A short form of --quality.")] = False,
     text: Annotated[Path | None, typer.Option(help="Text for --quality instead of the public-domain one.")] = None,
     model: Annotated[str | None, typer.Option(help="Where the torch model is, if it moved.")] = None,
+    url: Annotated[
+        str, typer.Option(help="Instead: compare the answers of the server at this address with what torch answered.")
+    ] = "",
+    model_name: Annotated[str, typer.Option(help="With --url: the model's name there, if it was given one.")] = "",
+    grpc_url: Annotated[str, typer.Option(help="With --url: host:port of gRPC; default: the port after --url's.")] = "",
     json: Json = False,
 ) -> None:
-    """Prove an engine again: files, torch = ONNX, twin = rewritten, rewritten = engine. Exit 1 if a check fails."""
+    """Prove an engine again: files, torch = ONNX, twin = rewritten, rewritten = engine; or with --url what is served of
+    it. Exit 1 if a check fails."""
+    if url:
+        from trtpass.cli_serving import validate_served
+
+        validate_served(engine, url, model_name, grpc_url, json)
+        return
     from trtpass.manifest import Manifest, render
     from trtpass.progress import bar
     from trtpass.validate import validate

@@ -75,7 +75,7 @@ def deploy(request: Request) -> dict[str, Any]:
 
     manifest = Manifest.read(request.engine)
     form = _form(request.form, manifest)
-    name = _name(request.name or re.sub(r"[^A-Za-z0-9._-]+", "-", manifest.model).strip("-._"))
+    name = _name(request.name or default_name(manifest))
     if manifest.checks.failed:
         raise CheckFailed(
             f"checks of this engine failed: {', '.join(manifest.checks.failed)}", "an engine that is proved",
@@ -111,6 +111,11 @@ def _form(asked: str, manifest: Manifest) -> str:
     if asked != AUTO:
         return asked
     return "tensorrt" if manifest.target.startswith("tensorrt") else "python"
+
+
+def default_name(manifest: Manifest) -> str:
+    """The name of an engine's model where none is given."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", manifest.model).strip("-._")
 
 
 def _name(name: str) -> str:

@@ -183,6 +183,10 @@ class Server:
         """Whether the process runs."""
         return self.process is not None and self.process.poll() is None
 
+    def wait(self) -> int:
+        """Wait until the server ends by itself; its exit code."""
+        return self.process.wait() if self.process is not None else 0
+
     def words(self) -> list[str]:
         """The errors of the log, each as one line."""
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
