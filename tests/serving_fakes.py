@@ -18,13 +18,14 @@ from trtpass.text import Tokenizer
 
 VOCAB, PAGE, STOP = 24, 4, 23
 BYTES = [*b"abcdefghijklmnopqrst ", 0xC3, 0xA9]  # of tokens 0 to 22; the last two are one character together
+ASCII = range(STOP + 1, 128)  # tokens of the engines' tests beyond the stop token, by their own byte
 
 
 class ByteTokens:
     """What ``trtpass.text.Tokenizer`` asks of the package: decoding."""
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        return bytes(BYTES[i] for i in ids if i < len(BYTES)).decode("utf-8", "replace")
+        return bytes(i if i in ASCII else BYTES[i] for i in ids if i != STOP).decode("utf-8", "replace")
 
 
 TOKENIZER = Tokenizer(ByteTokens())

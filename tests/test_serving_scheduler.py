@@ -10,14 +10,25 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from families import Exported
+from paged_proofs import paged_engine, save_surrogate
+from proofs import raised
 from serving_fakes import STOP, TOKENIZER, VOCAB, Client, FakeBatch, Recorder, RowError, alone, logits_after
 from serving_fakes import random_request as make
 
+from trtpass import passes
 from trtpass.errors import InputError
 from trtpass.pages import CacheFull
+from trtpass.passes.cache import insert_cache
+from trtpass.passes.cache_policy import CachePolicy
+from trtpass.passes.lower import lower
+from trtpass.runtime import Engine
+from trtpass.serving.batch import Batch
 from trtpass.serving.observer import Observer
+from trtpass.serving.open_batch import open_batch
 from trtpass.serving.request import Cancelled, Limits, OverLimit, Refused, Request
 from trtpass.serving.scheduler import Scheduler
+from trtpass.text import AnswerText
 
 WAIT = 30.0  # seconds until a test fails that would hang
 LIMITS = Limits(rows=4, queue=100, prompt_tokens=64, new_tokens=64)
@@ -27,7 +38,7 @@ BUSY = Request((7, 7), 60, temperature=2.0)
 
 @contextmanager
 def scheduler(
-    batch: FakeBatch, limits: Limits = LIMITS, observer: Observer | None = None, stop_ids: Sequence[int] = (STOP,)
+    batch: Batch, limits: Limits = LIMITS, observer: Observer | None = None, stop_ids: Sequence[int] = (STOP,)
 ) -> Iterator[Scheduler]:
     """Not started. At its end nothing may be left in the batch, and the thread must have ended."""
     made = Scheduler(batch, TOKENIZER, stop_ids, limits, observer or Observer())
@@ -40,10 +51,11 @@ def scheduler(
 
 
 def answers(
-    batch: FakeBatch, requests: Sequence[Request], clients: Sequence[Client], observer: Observer | None = None
-) -> None:
+    batch: Batch, requests: Sequence[Request], clients: Sequence[Client], observer: Observer | None = None,
+    limits: Limits = LIMITS,
+) -> None:  # fmt: skip
     """Submit all, then start, and wait for all to end."""
-    with scheduler(batch, observer=observer) as made:
+    with scheduler(batch, limits, observer) as made:
         for request, client in zip(requests, clients, strict=True):
             made.submit(request, client)
         made.start()
@@ -399,3 +411,55 @@ def test_what_the_observer_hears_of_one_request() -> None:
     assert prompt == 3 and 0 <= queued <= first <= seconds and (finish, tokens) == ("length", 8)
     assert kept == pytest.approx(1 / 10) and [rows for rows, _ in seen.all("stepped")] == [1] * 7
     assert seen.all("state")[0] == [0, 1, 0, 0, 32, pytest.approx(1 / 4)]
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_export: Callable[[str], Exported], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Engine]:
+    """Vocabulary 128; the context of the dense one is 96."""
+    plain = raised(tiny_export("llama"))
+    policy = passes.parse(
+        f"kvzap:threshold=0,window=12,weights={save_surrogate(tmp_path_factory.mktemp('scheduler') / 'w.safetensors')}"
+    )
+    assert isinstance(policy, CachePolicy)
+    graphs = {phase: lower(insert_cache(plain, phase), "cpu").model for phase in ("prefill", "decode")}
+    return {"dense": Engine.open(graphs, threads=1, context=96), "kvzap": paged_engine(plain, policy, page=8)}
+
+
+def generated(engine: Engine, request: Request) -> tuple[str, list[int], str]:
+    """The answer of the runtime to one request."""
+    text, whole, made = AnswerText(TOKENIZER, request.stop), "", list[int]()
+    for step in engine.generate(
+        [request.prompt], request.max_tokens, [STOP], request.temperature, request.seed, None, request.top_p,
+        lambda row, token: text.push(token),
+    ):  # fmt: skip
+        made.append(int(step.tokens[0] or 0))
+        reason = step.stopped[0]
+        if reason:
+            break
+    assert reason
+    whole, finish = text.finish(reason)
+    return whole, made, finish
+
+
+@pytest.mark.parametrize(("kind", "pages"), [("dense", None), ("kvzap", None), ("kvzap", 30)])
+def test_many_at_once_are_what_the_runtime_generates_alone(
+    engines: dict[str, Engine], kind: str, pages: int | None
+) -> None:
+    engine, rng, seen = engines[kind], np.random.default_rng(7), Recorder()
+    requests = [
+        Request(
+            prompt=tuple(rng.integers(0, 128, length).tolist()), max_tokens=24,
+            stop=tuple(chr(rng.integers(97, 123)) for _ in range(i % 3)),
+            temperature=(0.0, 0.8, 1.5)[i % 3], top_p=(1.0, 0.9)[i % 2], seed=i,
+        )
+        for i, length in enumerate([3, 88, 40, 1, 61, 17, 90, 30, 9, 55, 24, 80])
+    ]  # fmt: skip
+    clients = [Client() for _ in requests]
+    limits = Limits(rows=5, prompt_tokens=90, new_tokens=24, pages=pages)
+    answers(open_batch(engine, limits), requests, clients, seen, limits)
+    expected = [generated(engine, request) for request in requests]
+    assert [client.answer for client in clients] == expected
+    assert {finish for *_, finish in expected} == {"stop", "length"} | ({"context"} if kind == "dense" else set())
+    assert bool(seen.all("paused")) == (pages is not None)
+    assert max(rows for rows, _ in seen.all("stepped")) >= 4
+    assert seen.all("state")[-1][2] == seen.all("state")[-1][4] == 0
