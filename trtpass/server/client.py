@@ -25,6 +25,7 @@ from trtpass.serving.text_request import DTYPES, INPUTS
 
 TIMEOUT = 600.0  # seconds without a word from the server
 UNAVAILABLE = 503
+WITH_STATUS = {"triton_grpc_error": "true"}  # errors of a gRPC stream have a status; without, only words
 
 
 _WORDS = re.compile(r"(.*?)\.?(?: Expected: (.*?)\.)?(?: To do: (.*?)\.)?", re.DOTALL)  # an error of ours in one line
@@ -89,8 +90,9 @@ def generate(url: str, model: str, prompt: str | Sequence[int], *, timeout: floa
             given is the server's choice.
 
     Raises:
-        Refused: the server is full or shutting down; ask again later.
-        ServerError: the request is wrong, in the server's words.
+        ServerError: the request is refused, in the server's words.
+        Refused: not now, because the server is full or shuts down. Over HTTP only a proxy says so: tritonserver 2.51
+            answers 400 to whatever a model refuses, so that this is a ServerError, too.
         Broken: no answer came.
     """
     fields = _fields(prompt, options)
@@ -125,16 +127,14 @@ def stream_grpc(
     arrived: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
     finished = False
     with closing(grpc.InferenceServerClient(address)) as client:
-        client.start_stream(lambda result, error: arrived.put((result, error)))
+        client.start_stream(lambda result, error: arrived.put((result, error)), headers=WITH_STATUS)
         try:
             client.async_stream_infer(model, inputs, enable_empty_final_response=True)
             while not finished:
                 try:
                     result, problem = arrived.get(timeout=timeout)
-                except queue.Empty as silence:
-                    raise Broken(
-                        f"no piece came for {timeout:g} s from {address}", "a server that answers"
-                    ) from silence
+                except queue.Empty as error:
+                    raise _silent(address, timeout) from error
                 if problem is not None:
                     raise _grpc_error(problem, address)
                 final = result.get_response().parameters.get("triton_final_response")
@@ -263,7 +263,7 @@ def _posted(url: str, path: str, fields: Mapping[str, Any], timeout: float) -> I
 
 
 def _refuse(response: HTTPResponse) -> None:
-    body = response.read()
+    body = response.read().removeprefix(b"data:")  # a stream's error is its one piece
     kind = Refused if response.status == UNAVAILABLE else ServerError
     try:
         _parsed(body)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 
 from trtpass.errors import InputError
@@ -63,12 +63,12 @@ def choose(host: str, asked: Mapping[str, int]) -> dict[str, int]:
         return ports
 
 
-def listens(pid: int, port: int) -> bool:
-    """Whether it is this process that listens on the port: another server there would answer, too."""
+def listens(pid: int, ports: Iterable[int]) -> bool:
+    """Whether it is this process that listens on all the ports: another server there would answer, too."""
     import psutil
 
     try:
         connections = psutil.Process(pid).net_connections()
     except psutil.Error:
         return False
-    return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in connections)
+    return {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN} >= set(ports)

@@ -119,7 +119,7 @@ class Server:
                     raise
             finally:
                 if not self.ports:
-                    self.stop()
+                    self.kill()
 
     def _start(self, installation: Installation) -> None:
         ports = choose(self.host, self._asked)
@@ -160,7 +160,7 @@ class Server:
         while True:
             if not self.alive:
                 raise _why(self.words(), ports, self.repository)
-            if self.control.ready() and listens(self.pid, ports["http"]):
+            if listens(self.pid, ports.values()) and self.control.ready():
                 return
             if time.monotonic() > deadline:
                 words = "; ".join(self.words()[-1:]) or "it says nothing"
@@ -205,15 +205,24 @@ class Server:
         except subprocess.TimeoutExpired:
             pass  # it is killed below
         finally:
-            for process in family:
-                with contextlib.suppress(Exception):  # it has ended
-                    process.kill()
-            self.process.wait()
-            self.process, self.ports = None, {}
-            for left in Path("/dev/shm").glob(f"{self._memory}*"):
-                left.unlink(missing_ok=True)
-            if self._own_log:
-                self.log.unlink(missing_ok=True)
+            self._end(self.process, family)
+
+    def kill(self) -> None:
+        """End at once; requests in flight are lost."""
+        if self.process is not None:
+            self._end(self.process, _family(self.process.pid))
+
+    def _end(self, process: subprocess.Popen[bytes], family: list[Any]) -> None:
+        """What is left of the server and its model processes, and their shared memory."""
+        for member in family:
+            with contextlib.suppress(Exception):  # it has ended
+                member.kill()
+        process.wait()
+        self.process, self.ports = None, {}
+        for left in Path("/dev/shm").glob(f"{self._memory}*"):
+            left.unlink(missing_ok=True)
+        if self._own_log:
+            self.log.unlink(missing_ok=True)
 
 
 def _check_repository(repository: Path) -> None:
