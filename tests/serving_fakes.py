@@ -103,12 +103,12 @@ class FakeBatch:
 
     def pause(self, row: int) -> list[int]:
         self._one_thread()
-        self.log.append(("pause", row))
+        self.log.append(("pause", row, tuple(self._held[row])))
         return self._held.pop(row)
 
     def resume(self, paused: list[int]) -> int:
         row = self._put(paused)
-        self.log.append(("resume", row))
+        self.log.append(("resume", row, tuple(paused)))
         return row
 
     def length(self, row: int) -> int:

@@ -157,14 +157,16 @@ def test_the_newest_row_is_paused_and_goes_on_before_new_ones(seed: int) -> None
     requests = [replace(make(rng), max_tokens=25, stop=()) for _ in range(10)]
     clients = [Client() for _ in requests]
     answers(batch, requests, clients, seen)
-    running, paused, left = list[int](), 0, True  # rows, oldest first; how many are out; one has left since a pause
-    for call, row, *_ in batch.log:
+    running, paused = list[int](), list[tuple[int, ...]]()  # rows, oldest first; tokens of those that are out
+    left = True  # whether a row has left since one was paused
+    for call, row, *tokens in batch.log:
         if call == "pause":
             assert row == running.pop() and running, "the newest row, and not the only one"
-            paused, left = paused + 1, False
+            paused.append(tokens[0])
+            left = False
         elif call == "resume":
             assert left, "nothing can have come free"
-            paused -= 1
+            assert tokens[0] == paused.pop(), "the newest was paused first, and the oldest goes on first"
             running.append(row)
         elif call == "join":
             assert not paused, "who came before goes on before"
@@ -172,7 +174,7 @@ def test_the_newest_row_is_paused_and_goes_on_before_new_ones(seed: int) -> None
         elif call == "leave":
             running.remove(row)
             left = True
-    assert paused == 0 and not running
+    assert not paused and not running
     assert len(seen.all("paused")) == len(calls(batch, "pause")) > 0
     assert batch.full <= 2 * len(requests) + len(seen.all("paused")), "it is not tried again and again"
     assert [client.answer for client in clients] == [alone(request, pages=12) for request in requests]

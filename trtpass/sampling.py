@@ -11,8 +11,6 @@ import numpy as np
 
 from trtpass.errors import InputError
 
-_NUCLEUS = 64  # tokens that are sorted at first; few nuclei are larger
-
 
 @dataclass(frozen=True)
 class Step:
@@ -134,17 +132,13 @@ def sample(logits: np.ndarray, temperature: float, stream: np.random.Generator, 
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """``weights [V]`` of the nucleus, 0 elsewhere. Sorts only as many of the largest as it needs."""
-    wanted, size, count = top_p * weights.sum(), len(weights), _NUCLEUS
-    while True:
-        least = np.partition(weights, size - count)[size - count] if count < size else 0.0
-        ids = np.flatnonzero(weights >= least)  # all of those that are as likely as the last one, by id
-        order = ids[np.argsort(-weights[ids], kind="stable")]
-        reached = np.cumsum(weights[order])
-        if reached[-1] >= wanted or count >= size:
-            break
-        count *= 8
-    inside = order[: int(np.searchsorted(reached, wanted)) + 1]
-    made = np.zeros_like(weights)
-    made[inside] = weights[inside]
+    """``weights [V]`` of the nucleus, 0 elsewhere. Sorts values alone, which is several times faster than ids, and none
+    below a value under which all tokens together are too unlikely to matter."""
+    total = weights.sum()
+    ordered = np.sort(weights[weights >= (1 - top_p) * total / len(weights)])[::-1]
+    count = min(int(np.searchsorted(np.cumsum(ordered), top_p * total)) + 1, len(ordered))
+    least = ordered[count - 1]
+    made = np.where(weights > least, weights, 0.0)
+    equal = np.flatnonzero(weights == least)[: count - int((weights > least).sum())]
+    made[equal] = least
     return made
