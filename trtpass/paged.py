@@ -71,7 +71,8 @@ class PagedEngine(Engine):
             pages: pages of each layer's pool; None has room for every key of every row.
 
         Raises:
-            InputError: as ``Engine.prefill``; or the policy's scores came out as NaN.
+            InputError: as ``Engine.prefill``.
+            RowFailed: scores or logits of a row came out as NaN.
             CacheFull: more pages are needed than there are.
         """
         lengths = self._check_rows(rows)
@@ -109,9 +110,11 @@ class PagedEngine(Engine):
         feeds = {"input_ids": padded(rows, lengths), "lengths": lengths, "free": book.free(most)}
         made = self._call(PREFILL, feeds, state, ("logits", "page_table", "slot", "keep"))
         self._decided(made["keep"])
+        logits = last(made["logits"], lengths)
         self._need_numbers(made["keep"], lengths)
+        need_numbers(logits, lengths > 0)
         book.fill(lengths, made["page_table"], made["slot"], made["keep"])
-        return last(made["logits"], lengths)
+        return logits
 
     def decode(self, state: State, tokens: Sequence[int], active: Sequence[bool] | None = None) -> np.ndarray:
         """Append one token to each row; returns (and keeps in ``state``) the logits ``[B, V]`` after it.
@@ -131,7 +134,7 @@ class PagedEngine(Engine):
         held = state.pages.held.copy()
         slot = state.pages.place(moving)
         if state.binding is None:
-            self._bind_step(state)
+            self._bind_new_step(state)
         state.step["input_ids"][:] = ids[:, None]
         state.step["slot"][:] = slot
         keep = state.step["keep"]
@@ -244,33 +247,31 @@ class PagedEngine(Engine):
         binding = self._session(phase, names).io_binding()
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        self._bind_pools(binding, state)
+        self._bind_cache(binding, state)
         for name in wanted:
             binding.bind_output(name, "cpu")
         self._run_bound(phase, binding, names)
         made = binding.get_outputs()[-len(wanted) :]  # in the order of binding
         return {name: np.array(value.numpy()) for name, value in zip(wanted, made, strict=True)}
 
-    def _bind_pools(self, binding: Any, state: PagedState) -> None:
+    def _bind_cache(self, binding: Any, state: State, row: int | None = None) -> None:
+        """As past and as present: all rows share the pools."""
         for name, pool in state.cache.items():
             where = ("cpu", 0, self._cache_dtype, pool.shape, pool.ctypes.data)
             binding.bind_input(name, *where)
             binding.bind_output(name.replace("past.", "present.", 1), *where)
 
-    def _bind_step(self, state: PagedState) -> None:
-        """Bind a step of one token once: its buffers and the pools stay where they are."""
+    def _bind_new_step(self, state: PagedState) -> None:
+        """Buffers of a step of one token; tables and lengths are the book's own arrays."""
         book, batch = state.pages, len(state.lengths)
-        state.binding = self._session(DECODE).io_binding()
-        self._bind_pools(state.binding, state)
         state.step = {
             "input_ids": np.zeros((batch, 1), np.int64), "lengths": np.ones(batch, np.int32),
             "slot": np.zeros((*book.held.shape, 1), np.int32), "keep": np.zeros((*book.held.shape, 1), np.int32),
             "logits": np.zeros((batch, 1, self.vocab), self._logits_dtype),
         }  # fmt: skip
         held = {"past_lengths": book.lengths, "page_table": book.table, "held": book.held}
-        for name, array in {**state.step, **held}.items():
-            bind = state.binding.bind_output if name in ("keep", "logits") else state.binding.bind_input
-            bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        outputs = {name: state.step[name] for name in ("keep", "logits")}
+        self._bind_step(state, {n: x for n, x in {**state.step, **held}.items() if n not in outputs}, outputs)
 
     def _move(self, state: PagedState, moves: Sequence[Moves]) -> None:
         """Copy rows within the pools: all are read before any is written."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,8 +21,6 @@ class PagedState(State):
     """
 
     pages: Pages
-    step: dict[str, np.ndarray] = field(default_factory=dict)  # buffers of a decode step, bound once
-    binding: Any = None
 
     @property
     def bytes_held(self) -> int:

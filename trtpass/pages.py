@@ -101,7 +101,8 @@ class Pages:
         """One book of the rows of several, one at least, over the same pools, in this order. It takes their place."""
         made = books[0].empty(sum(book.batch for book in books))
         for name, at in ROWS.items():
-            setattr(made, name, np.concatenate([getattr(book, name) for book in books], at))
+            arrays = [getattr(book, name) for book in books]
+            setattr(made, name, np.ascontiguousarray(np.concatenate(arrays, at)))
         return made
 
     def elsewhere(self) -> Pages:

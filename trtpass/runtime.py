@@ -41,6 +41,8 @@ class State:
     logits: np.ndarray
     capacity: int
     dropped: np.ndarray | None = field(default=None, kw_only=True)
+    step: dict[str, np.ndarray] = field(default_factory=dict, kw_only=True)  # buffers of a decode step, bound once
+    binding: Any = field(default=None, kw_only=True)
 
 
 class Engine(Checks):
@@ -198,10 +200,32 @@ class Engine(Checks):
         }
         if state.dropped is not None:
             feeds[DROPPED] = state.dropped
-        outputs = self._run(DECODE, ids[:, None], feeds, state)
+        if self.provider == "CPUExecutionProvider":
+            logits = self._step(state, {"input_ids": ids[:, None], **feeds})
+        else:  # what lies on the host is copied when it is bound
+            logits = self._run(DECODE, ids[:, None], feeds, state)["logits"]
         state.lengths = state.lengths + moving.astype(np.int32)
-        state.logits = outputs["logits"][:, -1].astype(np.float32)
+        state.logits = logits[:, -1].astype(np.float32)
         return state.logits
+
+    def _step(self, state: State, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Run one token of each row; returns the buffer of the logits ``[B, 1, V]``, which the next step overwrites."""
+        if state.binding is None:
+            state.step = {name: np.array(array, order="C") for name, array in feeds.items()}
+            state.step["logits"] = np.zeros((len(state.lengths), 1, self.vocab), self._logits_dtype)
+            self._bind_step(state, {name: state.step[name] for name in feeds}, {"logits": state.step["logits"]})
+        for name, array in feeds.items():
+            state.step[name][:] = array
+        self._run_bound(DECODE, state.binding)
+        return state.step["logits"]
+
+    def _bind_step(self, state: State, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
+        """Bind a decode step once: these arrays and the cache stay where they are."""
+        state.binding = self._session(DECODE).io_binding()
+        self._bind_cache(state.binding, state)
+        for bind, arrays in ((state.binding.bind_input, inputs), (state.binding.bind_output, outputs)):
+            for name, array in arrays.items():
+                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
     def append(self, state: State, rows: Sequence[Sequence[int]], chunk: int | None = None) -> np.ndarray:
         """Append several tokens to each row, such as a later turn; returns the logits ``[B, V]`` after each row's last.
@@ -307,6 +331,16 @@ class Engine(Checks):
         binding = session.io_binding()
         for name, array in {"input_ids": ids, **feeds}.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        self._bind_cache(binding, state, row)
+        wanted = tuple(dict.fromkeys(("logits", *outputs, *names)))
+        for name in wanted:
+            binding.bind_output(name, "cpu")
+        self._run_bound(phase, binding, names)
+        made = binding.get_outputs()[-len(wanted) :]  # in the order of binding
+        return {name: np.array(value.numpy()) for name, value in zip(wanted, made, strict=True)}
+
+    def _bind_cache(self, binding: Any, state: State, row: int | None = None) -> None:
+        """As past and as present; ``row`` binds that row alone."""
         for name, value in state.cache.items():
             shape, address = list(value.shape()), value.data_ptr()
             if row is not None:
@@ -315,12 +349,6 @@ class Engine(Checks):
             where = (value.device_name(), 0, self._cache_dtype, shape, address)
             binding.bind_input(name, *where)
             binding.bind_output(name.replace("past.", "present.", 1), *where)
-        wanted = tuple(dict.fromkeys(("logits", *outputs, *names)))
-        for name in wanted:
-            binding.bind_output(name, "cpu")
-        self._run_bound(phase, binding, names)
-        made = binding.get_outputs()[-len(wanted) :]  # in the order of binding
-        return {name: np.array(value.numpy()) for name, value in zip(wanted, made, strict=True)}
 
     def _run_bound(self, phase: str, binding: Any, names: tuple[str, ...] = ()) -> None:
         """Run what is bound. After a prefill the memory of its activations goes back: decoding needs little of it."""
