@@ -36,8 +36,8 @@ def python(source: Source) -> list[Model]:
     """
     if source.manifest.target not in RUNNABLE:
         raise InputError(
-            f"the python form of an engine of target '{source.manifest.target}': its graphs are TensorRT's, with a cache "
-            "layout of their own",
+            f"the python form of an engine of target '{source.manifest.target}': its graphs are TensorRT's, with a "
+            "cache of another layout",
             f"an engine of target {' or '.join(RUNNABLE)}",
             "build one with TARGET=cpu, or deploy a plan with --form tensorrt",
         )

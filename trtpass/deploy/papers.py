@@ -50,7 +50,9 @@ curl -sN localhost:8000/v2/models/NAME/generate_stream \\
 
 Inputs, of which exactly one prompt is needed: `text_input` or `input_ids`; `max_tokens`, `stop` (texts), `temperature`
 (0 is greedy), `top_p`, `seed`, `stream`, `return_logits`. The last response has a `finish_reason`: `stop`, `length`,
-`context` (the engine's limit) or `cache` (no page is left). A full queue is status 503; repeat the request later.
+`context` (the engine's limit) or `cache` (no page is left). `/generate` gives one response: use `/generate_stream` with
+`stream`. An error that begins with "unavailable:" (the queue is full, or the server is shutting down) is one to repeat
+later; in gRPC its code is UNAVAILABLE.
 
 The model of an encoder takes and gives arrays under `/v2/models/NAME/infer`, and in gRPC.
 """

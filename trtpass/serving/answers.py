@@ -12,6 +12,7 @@ from trtpass.errors import InputError
 from trtpass.serving.request import Cancelled, Piece, Refused
 from trtpass.serving.text_request import DTYPES, OUTPUTS
 
+BUSY = "unavailable"  # first word of a refusal: in a stream and over HTTP the server (2.51) keeps no code but 400
 ASK_SECONDS = 0.05  # between two questions to the server whether a client has gone: each costs 60 microseconds
 
 
@@ -21,7 +22,7 @@ def error_of(pb: Any, error: Exception) -> Any:
     if isinstance(error, Cancelled):
         return pb.TritonError(text, pb.TritonError.CANCELLED)
     if isinstance(error, Refused):
-        return pb.TritonError(text, pb.TritonError.UNAVAILABLE)
+        return pb.TritonError(f"{BUSY}: {text}", pb.TritonError.UNAVAILABLE)
     if isinstance(error, InputError):
         return pb.TritonError(text, pb.TritonError.INVALID_ARG)
     return pb.TritonError(f"unexpected {type(error).__name__}: {text}", pb.TritonError.INTERNAL)

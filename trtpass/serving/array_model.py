@@ -44,11 +44,7 @@ class TritonPythonModel:
         except InputError as error:
             raise pb.TritonModelException(" ".join(str(error).split())) from error
         self._batches = int(config["max_batch_size"]) > 0
-        self._metrics: Metrics | None = None
-        try:
-            self._metrics = Metrics(pb, ARRAYS, args["model_name"])
-        except pb.TritonModelException as error:
-            pb.Logger.log_warn(f"no metrics: {error}")
+        self._metrics = Metrics(pb, ARRAYS, args["model_name"])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request, in their order."""
@@ -85,9 +81,8 @@ class TritonPythonModel:
             )
             made = self._engine.run(joined)
             rows = [len(next(iter(feed.values()))) if self._batches else 1 for feed in feeds]
-            if self._metrics is not None:
-                self._metrics.observe("trtpass_array_run_seconds", time.monotonic() - started)
-                self._metrics.add("trtpass_array_rows_total", sum(rows))
+            self._metrics.observe("trtpass_array_run_seconds", time.monotonic() - started)
+            self._metrics.add("trtpass_array_rows_total", sum(rows))
             if len(feeds) == 1:
                 return [made]
             cuts = np.cumsum(rows)[:-1]
@@ -98,8 +93,7 @@ class TritonPythonModel:
 
     def _response(self, request: Any, answer: Arrays | Exception) -> Any:
         if isinstance(answer, Exception):
-            if self._metrics is not None:
-                self._metrics.add("trtpass_array_failed_total")
+            self._metrics.add("trtpass_array_failed_total")
             return self._pb.InferenceResponse(output_tensors=[], error=error_of(self._pb, answer))
         wanted = request.requested_output_names()
         least = 2 if self._batches else 1  # Triton has no tensors of rank 0 beside the batch

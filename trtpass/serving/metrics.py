@@ -43,7 +43,7 @@ TEXT: dict[str, Family] = {
     "trtpass_kept_fraction": Family("gauge", "Share of their tokens that the running rows' cache holds"),
     "trtpass_rows_running": Family("gauge", "Requests that are being decoded"),
     "trtpass_requests_waiting": Family("gauge", "Requests that wait for a row"),
-    "trtpass_queue_seconds": Family("histogram", "Wait of a request for a row, its prompt included", buckets=_WAITS),
+    "trtpass_queue_seconds": Family("histogram", "Wait of a request for a row", buckets=_WAITS),
     "trtpass_time_to_first_token_seconds": Family(
         "histogram", "From a request to its first token", buckets=_WAITS
     ),

@@ -16,7 +16,6 @@ from trtpass.errors import InputError
 from trtpass.serving.answers import Answer, array_of
 from trtpass.serving.batch import Batch
 from trtpass.serving.metrics import TextMetrics
-from trtpass.serving.observer import Observer
 from trtpass.serving.request import OverLimit
 from trtpass.serving.settings import Settings
 from trtpass.serving.text_request import parse
@@ -55,7 +54,7 @@ class TritonPythonModel:
         batch = open_batch(engine, settings.limits)
         warm_up(batch)
         self._tokenizer = Tokenizer.open(folder)
-        self._observer = observer_of(self._pb, args["model_name"])
+        self._observer = TextMetrics(self._pb, args["model_name"])
         self._scheduler = Scheduler(batch, self._tokenizer, manifest.stop_ids, settings.limits, self._observer)
         self._scheduler.start()
 
@@ -107,12 +106,3 @@ def warm_up(batch: Batch) -> None:
             batch.step({row: int(logits.argmax())})
     finally:
         batch.leave(row)
-
-
-def observer_of(pb: Any, model: str) -> Observer:
-    """One that counts; one that does nothing where the server runs without metrics."""
-    try:
-        return TextMetrics(pb, model)
-    except pb.TritonModelException as error:
-        pb.Logger.log_warn(f"no metrics: {error}")
-        return Observer()
