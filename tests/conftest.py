@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import native_check
 import pytest
 from families import FAMILIES, Exported, save_tiny
 
 from trtpass import native
+
+if TYPE_CHECKING:
+    from tests.served import Served
 
 GOLDEN = Path(__file__).resolve().parent.parent / "graphs" / "golden"
 
@@ -98,6 +101,15 @@ def smollm2_onnx(smollm2: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
     path = tmp_path_factory.mktemp("smollm2") / "model.onnx"
     io.save(export(smollm2.module, smollm2.config, context=smollm2.context), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A Triton Inference Server with tiny engines; tests that use it are marked ``server``. Leave its models alive."""
+    from tests.served import serve_tiny
+
+    with serve_tiny(tmp_path_factory) as running:
+        yield running
 
 
 @pytest.fixture
