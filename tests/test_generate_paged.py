@@ -73,3 +73,18 @@ def test_pages_are_of_a_paged_cache(
     dense = tiny_engine(tmp_path_factory, "dense")
     code, _, err = run(monkeypatch, capsys, str(dense), "--prompt", PROMPT, "--cache-pages", "2")
     assert code == 2 and "2 pages for a dense cache" in err
+
+
+def test_stop_texts_and_a_nucleus_on_the_command_line(
+    engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(engine), "--prompt", PROMPT, "--max-tokens", "12", "--temperature", "1.5", "--top-p", "0.9", "--json"]
+    (whole,) = generate(engine, [PROMPT], max_tokens=12, temperature=1.5, top_p=0.9)
+    stop = next(letter for letter in whole["text"] if letter.isprintable())
+    code, out, _ = run(monkeypatch, capsys, *words, "--stop", "never in any answer", "--stop", stop)
+    (row,) = json.loads(out)
+    assert code == 0 and row["stopped"] == "stop" and row["text"] == whole["text"][: whole["text"].index(stop)]
+    assert row["tokens"] == whole["tokens"][: len(row["tokens"])] and row["cache"]["bytes"] > 0
+    for option, message in (("--top-p=2", "top_p=2"), ("--temperature=nan", "temperature=nan"), ("--stop=", "stop")):
+        code, _, err = run(monkeypatch, capsys, *words, option)
+        assert code == 2 and message in err
