@@ -306,24 +306,31 @@ def generate_command(
 
 @app.command("bench")
 def bench_command(
-    names: Annotated[list[str] | None, typer.Argument(help="Benchmarks; default: all that run here.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Benchmarks; default: all that run here. With --serve: engine folders.")
+    ] = None,
     tokens: Annotated[str, typer.Option(help="Lengths, such as 2048,4096,8192.")] = "2048,4096,8192",
     threads: Annotated[int | None, typer.Option(help="Threads; default: all cores.")] = None,
     repeats: Annotated[int, typer.Option(help="Interleaved repeats of each side.")] = 7,
     engine: Annotated[Path | None, typer.Option(help="Engine folder; default: the newest of engines/.")] = None,
     clock: Annotated[str, typer.Option(help="wall, or cpu (one thread) on a machine that others use too.")] = "wall",
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Only serve.*: dense against rewritten engines on one real server.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Measure speed and memory against the strongest baseline, interleaved in one process."""
     import dataclasses
 
-    from trtpass.bench import render, run
+    from trtpass.bench import NAMES, render, run
 
     try:
         lengths = tuple(int(x) for x in tokens.split(","))
     except ValueError as error:
         raise InputError(f"--tokens {tokens}", "lengths joined by commas, such as 2048,4096") from error
-    records = run(names or [], tokens=lengths, threads=threads, repeats=repeats, engine=engine, clock=clock)
+    folders = [Path(name) for name in names or []] if serve else []
+    chosen = [name for name in NAMES if name.startswith("serve.")] if serve else names or []
+    records = run(chosen, tokens=lengths, threads=threads, repeats=repeats, engine=engine, clock=clock, engines=folders)
     _print([dataclasses.asdict(r) for r in records] if json else records, json, render)
 
 

@@ -33,6 +33,9 @@ NAMES = {
     "merge.encoder": "an encoder that carries 75, 50 and 25% of its tokens, against the original file",
     "merge.overhead": "the same, against as many tokens chosen for free",
     "gpu.attention": "one layer in a TensorRT plan on a GPU, ours against TensorRT's own dense attention, 4K to 128K",
+    "serve.throughput": "clients of a real server: tokens a second of rewritten engines against the dense one",
+    "serve.latency": "what those clients wait for the first token and between tokens, median and 99th percentile",
+    "serve.overhead": "the same requests through the server, through its scheduler alone, and as one batch",
     "compile.passes": "time and memory of all passes on a 36-layer, 8B-shaped graph",
 }
 ENGINES = Path("engines")
@@ -46,6 +49,7 @@ def run(
     repeats: int = 7,
     engine: Path | None = None,
     clock: str = "wall",
+    engines: Sequence[Path] = (),
     note: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> list[Record]:
     """Run benchmarks.
@@ -57,6 +61,7 @@ def run(
         repeats: interleaved repeats of each side.
         engine: folder of an engine, for real q, k, v and whole prefill; default: the newest under ``engines/``.
         clock: ``wall``, or ``cpu`` (one thread) for a machine that others use too.
+        engines: folders that ``serve.*`` compares; default: ``engine``, else those of smollm2-135m that are there.
         note: told, in words, what is being run, and what was left out and why.
 
     Raises:
@@ -134,6 +139,9 @@ def run(
             records += gpu.run(note=note)  # lengths of its own: a GPU needs longer ones to be busy
         else:
             note(f"gpu.attention left out: {'; '.join(lacking)}")
+    if serve := [name for name in chosen if name.startswith("serve.")]:
+        given = engines or ([] if engine is None else [engine])
+        records += _serve(serve, bool(names), machine, repeats, given, note)
     if "compile.passes" in chosen:
         from trtpass.bench import compiling
 
@@ -178,6 +186,26 @@ def _kvzap(
         note(f"{', '.join(chosen)} left out: {reason.found}")
         return []
     return records
+
+
+def _serve(
+    chosen: Sequence[str],
+    asked: bool,
+    machine: Machine,
+    repeats: int,
+    engines: Sequence[Path],
+    note: Callable[[str], None],
+) -> list[Record]:
+    """Benchmarks of a server over several engines; left out where there is no server or nothing to compare."""
+    from trtpass.bench import serve
+
+    try:
+        return serve.run(chosen, serve.find(engines, ENGINES), machine, repeats, note)
+    except InputError as reason:
+        if asked:
+            raise
+        note(f"{', '.join(chosen)} left out: {reason.found}")
+        return []
 
 
 def _engine(given: Path | None) -> Path | None:
