@@ -11,12 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from paged_proofs import save_surrogate
-from tiny_engines import tiny_engine, tiny_model
+from tiny_engines import tiny_engine
 
 from tests.vit_engines import TOME, vit_engine
-from trtpass.build import Request as Build
-from trtpass.build import build
 from trtpass.deploy.repository import Request as Deployment
 from trtpass.deploy.repository import deploy
 from trtpass.errors import InputError
@@ -64,21 +61,10 @@ def needed() -> None:
         pytest.skip(str(error))
 
 
-def tiny_kvzap(factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a paged cache of pages of 8, in which about half of the older keys stay."""
-    folder = factory.getbasetemp() / "served-kvzap"
-    made = folder / "engine"
-    if not made.exists():
-        folder.mkdir(exist_ok=True)
-        spec = f"kvzap:threshold=0,window=8,weights={save_surrogate(folder / 'w.safetensors')}"
-        made.symlink_to(build(Build(str(tiny_model(factory)), [spec], out=folder / "engines", page=8))[1])
-    return made.resolve()
-
-
 def tiny_engines(factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Model -> engine folder. Not to be changed: copy first."""
-    text = {name: tiny_engine(factory, name) for name in ("dense", "sparse")}
-    return {**text, "kvzap": tiny_kvzap(factory), "vit": vit_engine(factory, TOME)[1]}
+    text = {name: tiny_engine(factory, name) for name in ("dense", "sparse", "kvzap")}
+    return {**text, "vit": vit_engine(factory, TOME)[1]}
 
 
 @contextmanager

@@ -121,6 +121,7 @@ def stream_grpc(
 ) -> Iterator[Answer]:
     """The pieces of an answer as they are made, over gRPC (``address``: ``host:port``); as ``stream``."""
     import tritonclient.grpc as grpc
+    from tritonclient.utils import InferenceServerException
 
     fields = {"stream": True, **_fields(prompt, options)}
     inputs = [_tensor(grpc, name, _array(name, value)) for name, value in fields.items()]
@@ -129,7 +130,8 @@ def stream_grpc(
     with closing(grpc.InferenceServerClient(address)) as client:
         client.start_stream(lambda result, error: arrived.put((result, error)), headers=WITH_STATUS)
         try:
-            client.async_stream_infer(model, inputs, enable_empty_final_response=True)
+            with suppress(InferenceServerException):  # of a stream that has broken: why, comes by the callback
+                client.async_stream_infer(model, inputs, enable_empty_final_response=True)
             while not finished:
                 try:
                     result, problem = arrived.get(timeout=timeout)
