@@ -124,6 +124,7 @@ def test_a_bare_decoder(dense: Path, tmp_path: Path) -> None:
     for phase in ("prefill", "decode"):
         read = config(tmp_path / f"bare-{phase}")
         assert read.platform == "onnxruntime_onnx" and read.max_batch_size == 0
+        assert read.dynamic_batching.default_queue_policy.max_queue_size == 64
         same_as_session(read, tmp_path / f"bare-{phase}" / "1" / "model.onnx")
     assert "Who holds the cache" in (tmp_path / "README.md").read_text()
 

@@ -209,9 +209,10 @@ def _array_config(source: Source, model: ir.Model, reshape: bool, may_batch: boo
         "max_batch_size": source.rows if batched else 0,
         "input": declared(inputs, batched, reshape), "output": declared(outputs, batched, reshape),
     }  # fmt: skip
-    if batched:
-        policy = {"max_queue_size": source.settings.limits.queue}
-        config["dynamic_batching"] = {"max_queue_delay_microseconds": DELAY_US, "default_queue_policy": policy}
+    queue: Config = {
+        "default_queue_policy": {"max_queue_size": source.settings.limits.queue}
+    }  # bounded, batches or not
+    config["dynamic_batching"] = {"max_queue_delay_microseconds": DELAY_US, **queue} if batched else queue
     if source.manifest.kind == "encoder":
         config["model_warmup"] = warm_up(inputs, batched, _sizes(source, model, inputs))
     return config

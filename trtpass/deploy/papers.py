@@ -27,8 +27,8 @@ tritonserver --model-repository . --model-control-mode explicit --load-model '*'
 ```
 
 The server has no passwords: put a proxy before it if others reach it. `grafana.json` is a dashboard over its metrics
-(port 8002, path /metrics). Limits are `parameters` in a model's `config.pbtxt`; change them there and load the model
-again (`POST /v2/repository/models/NAME/unload`, then `/load`).
+(port 8002, path /metrics). After a change of a model's `config.pbtxt` or files, load it again: `POST
+/v2/repository/models/NAME/unload`, then `/load`.
 """
 _PYTHON = """
 ## Models in the Python backend
@@ -39,6 +39,10 @@ needs the packages of `requirements.txt`:
 ```sh
 pip install -r requirements.txt
 ```
+
+Limits are `parameters` in `config.pbtxt`: `rows` that are decoded at once, `queue` that waits, `prompt_tokens`,
+`new_tokens`, `default_max_tokens`, `pages` of a paged cache and `threads` (`auto` or a number), and `drain_seconds`
+that running answers get when the model is unloaded.
 
 A text model answers over HTTP at once, or piece by piece as it is made:
 
@@ -52,7 +56,7 @@ Inputs, of which exactly one prompt is needed: `text_input` or `input_ids`; `max
 (0 is greedy), `top_p`, `seed`, `stream`, `return_logits`. The last response has a `finish_reason`: `stop`, `length`,
 `context` (the engine's limit) or `cache` (no page is left). `/generate` gives one response: use `/generate_stream` with
 `stream`. An error that begins with "unavailable:" (the queue is full, or the server is shutting down) is one to repeat
-later; in gRPC its code is UNAVAILABLE.
+later; in gRPC its code is UNAVAILABLE. In JSON, Triton writes a list of one element as the element.
 
 The model of an encoder takes and gives arrays under `/v2/models/NAME/infer`, and in gRPC.
 """
