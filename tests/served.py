@@ -74,7 +74,7 @@ def serve_tiny(factory: pytest.TempPathFactory) -> Iterator[Served]:
     engines, folder = tiny_engines(factory), factory.mktemp("served")
     for name, engine in engines.items():
         deploy(Deployment(engine, folder / "repository", name, threads=1))
-    with Server(folder / "repository", log=folder / "server.log") as server:
+    with killed(Server(folder / "repository", log=folder / "server.log")) as server:
         yield Served(server, engines)
 
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from tiny_engines import tiny_engine
 
-from tests.served import GATED, PATIENCE, Served, gated, model_processes, needed
+from tests.served import GATED, PATIENCE, Served, gated, model_processes, needed, until
 from tests.vit_engines import images
 from trtpass import cli
 from trtpass.build import save_example
@@ -25,6 +25,7 @@ from trtpass.manifest import Manifest
 from trtpass.runtime import Engine
 from trtpass.server import client
 from trtpass.server.check import check_server, saved
+from trtpass.server.control import Control
 from trtpass.server.foreground import PROMPT as ASKED
 from trtpass.server.foreground import Request, serve
 
@@ -166,7 +167,7 @@ def test_serve_does_all_of_it_once(
     assert "there is no folder" in capsys.readouterr().err
 
 
-def test_a_foreground_server_drains_on_sigterm(tmp_path: Path) -> None:
+def test_sigterm_drains_streams_that_run(tmp_path: Path) -> None:
     needed()
     gate = tmp_path / "gate"
     program = [sys.executable, "-c", "from trtpass.cli import main; main()"]
@@ -175,16 +176,16 @@ def test_a_foreground_server_drains_on_sigterm(tmp_path: Path) -> None:
         assert process.stdout is not None and process.stderr is not None
         told = json.loads(process.stdout.readline())
         family = psutil.Process(process.pid).children(recursive=True)
-        pieces = client.stream(told["http"], GATED, str(gate), max_tokens=4, timeout=PATIENCE)
-        next(pieces)
+        asked: dict[str, Any] = {"model": GATED, "prompt": str(gate), "max_tokens": 4, "timeout": PATIENCE}
+        streams = [client.stream(told["http"], **asked), client.stream_grpc(told["grpc"], **asked)]
+        assert [next(pieces).tokens for pieces in streams] == [(0,), (0,)]
         process.send_signal(signal.SIGTERM)
-        line = ""
-        while "stopping" not in line:
-            line = process.stderr.readline()
-            assert line, "it ended without a word"
+        control = Control(told["http"], {})
+        until(lambda: not control.ready(), "the end of new requests")
         gate.touch()
-        assert client.join(pieces).tokens == (1, 2, 3)
+        assert [client.join(pieces).tokens for pieces in streams] == [(1, 2, 3), (1, 2, 3)]
         assert process.wait(PATIENCE) == 0
+        assert "stopping: running answers come to their end first" in process.stderr.read()
     assert len(family) == 2 and not any(member.is_running() for member in family)
 
 

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -151,22 +150,6 @@ def test_operators_need_a_key_where_others_can_reach_it(repository: Path, monkey
         with pytest.raises(grpc.InferenceServerException, match=r"(?i)restricted"):
             grpc.InferenceServerClient(guarded.grpc).unload_model(GATED)
         assert client.generate(guarded.http, GATED, "x", max_tokens=1).tokens == (0,)
-
-
-def test_streams_that_run_are_drained(repository: Path, tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    with Server(repository) as draining:
-        words = {"model": GATED, "prompt": str(gate), "max_tokens": 5, "timeout": PATIENCE}
-        streams = [client.stream(draining.http, **words), client.stream_grpc(draining.grpc, **words)]
-        assert [next(pieces).tokens for pieces in streams] == [(0,), (0,)]
-        pid, models = draining.pid, model_processes(draining)
-        stopping = threading.Thread(target=draining.stop)
-        stopping.start()
-        until(lambda: not draining.control.ready(), "the end of new requests")
-        gate.touch()
-        assert [client.join(pieces).tokens for pieces in streams] == [(1, 2, 3, 4), (1, 2, 3, 4)]
-        stopping.join()
-    assert not psutil.pid_exists(pid) and not any(model.is_running() for model in models)
 
 
 def test_nothing_stays_of_a_server_that_was_killed(repository: Path) -> None:
