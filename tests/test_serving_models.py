@@ -18,6 +18,7 @@ from tests.vit_engines import TOME, images, vit_engine
 from trtpass.deploy.repository import Request as Deployment
 from trtpass.deploy.repository import deploy
 from trtpass.encoder_engine import EncoderEngine
+from trtpass.encoder_inputs import Port
 from trtpass.errors import InputError
 from trtpass.runtime import Engine
 from trtpass.serving import array_model, text_model
@@ -277,6 +278,21 @@ def test_a_request_that_breaks_the_run_fails_alone(encoder: Any, monkeypatch: py
     made = encoder.execute([arrays(feed) for feed in feeds])
     assert made[1].error.message == "a seven." and not made[1].arrays
     assert [made[i].arrays["features"][0, 0] for i in (0, 2)] == [5, 6]
+
+
+def test_a_tensor_of_one_number_a_row_has_a_size_more_in_the_server(
+    encoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Doubles:
+        ports = {"x": Port(np.dtype(np.float32), ("batch",))}  # noqa: RUF012
+
+        def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            assert feed["x"].ndim == 1
+            return {"y": 2 * feed["x"]}
+
+    monkeypatch.setattr(encoder, "_engine", Doubles())
+    made = encoder.execute([pb.Request(("y",), x=np.array(rows, np.float32)) for rows in ([[1], [2]], [[3]], [[4, 5]])])
+    assert [m.arrays["y"].tolist() for m in made[:2]] == [[[2], [4]], [[6]]] and made[2].error is not None
 
 
 def test_without_a_batch_every_request_runs_alone() -> None:
