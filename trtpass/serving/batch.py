@@ -56,6 +56,8 @@ class Batch(Protocol):
 
         Raises:
             CacheFull: no page is left for some row; nothing has changed.
+            RowFailed: the numbers of one row, its ``row``, are NaN; nothing has changed, so that once it has left the
+                others can be stepped again.
         """
 
     def leave(self, row: int) -> None:
