@@ -42,6 +42,9 @@ class StaticBatch(Rows):
             raise InputError(f"{limits.pages} pages for a dense cache", "an engine with a cache policy")
         self._engine = engine
         self._cache = engine.reserve(self.rows, self.capacity)
+        self._bytes = np.zeros(len(self._cache) // 2, np.int64)  # [layers], of a token's key and value
+        for name, area in self._cache.items():
+            self._bytes[_layer(name)] += area.array[0, :, :1].nbytes
         self._order: list[int] = []  # row by place
         self._state = self._state_of(np.zeros(0, np.int32), None)
         self.pages = self.pages_held = 0
@@ -54,11 +57,8 @@ class StaticBatch(Rows):
     @property
     def bytes_held(self) -> int:
         """Bytes of the slots in use."""
-        return sum(
-            self._used(name, place) * area.array[0, :, :1].nbytes
-            for name, area in self._cache.items()
-            for place in range(self.running)
-        )
+        held, gone = self._bytes.sum() * self._state.lengths.sum(), self._state.dropped
+        return int(held if gone is None else held - self._bytes @ gone.sum(1))
 
     def join(self, prompt: Sequence[int], room: int) -> tuple[int, np.ndarray]:
         """Read a prompt into a free row; returns the row and float32 ``[V]``, the logits after its last token."""
@@ -155,7 +155,7 @@ class StaticBatch(Rows):
 
     def _used(self, name: str, place: int) -> int:
         """Slots in use of the row at a place, in the cache ``past.{i}.key`` or ``past.{i}.value``."""
-        gone = 0 if self._state.dropped is None else self._state.dropped[int(name.split(".")[1]), place]
+        gone = 0 if self._state.dropped is None else self._state.dropped[_layer(name), place]
         return int(self._state.lengths[place] - gone)
 
     def _grown(self, length: int, dropped: np.ndarray | None) -> State:
@@ -173,3 +173,8 @@ class StaticBatch(Rows):
     def _clear(self, place: int) -> None:
         for area in self._cache.values():
             area.clear(place, place + 1)
+
+
+def _layer(name: str) -> int:
+    """Of the cache ``past.{i}.key`` or ``past.{i}.value``."""
+    return int(name.split(".")[1])
