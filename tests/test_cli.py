@@ -21,6 +21,7 @@ from trtpass import cli, io
 from trtpass.ir import is_op
 
 COMMANDS = ["build", "models", "passes", "doctor", "inspect", "rewrite", "validate", "generate", "bench"]
+COMMANDS += ["deploy", "serve"]
 Run = Callable[..., tuple[int, str, str]]
 
 

@@ -115,7 +115,7 @@ def test_a_port_that_is_taken_in_the_meantime(repository: Path, monkeypatch: pyt
 
         monkeypatch.setattr(process, "choose", late)
         if kind == "http":
-            with Server(repository) as running:
+            with killed(Server(repository)) as running:
                 assert len(found) == 2 and running.ports == found[1] and running.control.ready()
         else:
             port = taken.getsockname()[1]
