@@ -209,7 +209,9 @@ def _answer(found: Mapping[str, Any]) -> Answer:
     """From the tensors of a response; JSON has one element as itself."""
 
     def flat(name: str) -> list[Any]:
-        return list(np.atleast_1d(found[name]).tolist()) if name in found else []
+        value = found.get(name, [])
+        values = value.tolist() if isinstance(value, np.ndarray) else value
+        return values if isinstance(values, list) else [values]  # as an array, a text would lose NUL at its end
 
     def text(name: str) -> str:
         return "".join(v.decode() if isinstance(v, bytes) else str(v) for v in flat(name))
