@@ -121,7 +121,7 @@ def closed_loop(
     left = deque(numbers)  # its pops are atomic
 
     def loop() -> list[Timed]:
-        made = []
+        made: list[Timed] = []
         while True:
             try:
                 number = left.popleft()
