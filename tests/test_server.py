@@ -19,6 +19,7 @@ import pytest
 from tests.served import GATED, PATIENCE, gated, killed, model_processes, needed, until
 from trtpass.errors import InputError
 from trtpass.server import client, ports, process
+from trtpass.server.foreground import Request, _present
 from trtpass.server.install import ENVIRONMENT, installed
 from trtpass.server.process import Server
 
@@ -150,6 +151,9 @@ def test_operators_need_a_key_where_others_can_reach_it(repository: Path, monkey
         with pytest.raises(grpc.InferenceServerException, match=r"(?i)restricted"):
             grpc.InferenceServerClient(guarded.grpc).unload_model(GATED)
         assert client.generate(guarded.http, GATED, "x", max_tokens=1).tokens == (0,)
+        said: list[str] = []
+        _present(guarded, Request(repository), said.append)
+        assert f"need the header trtpass-key: {guarded.control.headers['trtpass-key']}" in "\n".join(said)
 
 
 def test_nothing_stays_of_a_server_that_was_killed(repository: Path) -> None:

@@ -137,6 +137,8 @@ def _present(server: Server, request: Request, say: Say) -> dict[str, Any]:
     """Say where the server is and how to call its models; send the one request."""
     models = {name: server.control.config(name) for name in server.control.states()}
     say(f"ready: {server.http} (HTTP), {server.grpc} (gRPC), {server.metrics} (metrics)")
+    for header, key in server.control.headers.items():
+        say(f"loading, unloading and tracing need the header {header}: {key}")
     answers = {}
     for name, config in models.items():
         text = any(tensor["name"] == "text_input" for tensor in config["input"])
