@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.served import GATED, PATIENCE, gated, killed, model_processes, needed, until
+from tests.served import GATED, PATIENCE, gated, killed, model_processes, needed
 from trtpass.errors import InputError
 from trtpass.server import client, ports, process
 from trtpass.server.foreground import Request, _present
@@ -182,8 +182,6 @@ def test_a_server_drains_when_the_process_that_started_it_dies(repository: Path,
         orphan = psutil.Process(int(parent.stdout.readline()))
         models = orphan.children()
         parent.kill()
-    try:
-        until(lambda: "Signal (15) received" in log.read_text(), "the signal of the parent's death")
-    finally:
-        for member in (orphan, *models):
-            member.kill()
+    gone, alive = psutil.wait_procs([orphan, *models], PATIENCE)
+    assert len(gone) == 2 and not alive
+    assert "Signal (15) received" in log.read_text() and "successfully unloaded" in log.read_text()
