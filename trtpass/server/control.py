@@ -13,6 +13,7 @@ from trtpass.errors import InputError
 
 CALL_SECONDS = 10.0
 LOAD_SECONDS = 300.0
+READY, UNAVAILABLE = "READY", "UNAVAILABLE"  # states of a model
 
 
 class Control:
@@ -40,7 +41,7 @@ class Control:
             InputError: the server does not answer.
         """
         index = self._checked("POST", "/v2/repository/index")
-        return {str(item["name"]): str(item.get("state", "UNAVAILABLE")) for item in index}
+        return {str(item["name"]): str(item.get("state", UNAVAILABLE)) for item in index}
 
     def config(self, model: str) -> dict[str, Any]:
         """A model's configuration, as Triton completed it.

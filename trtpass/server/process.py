@@ -17,13 +17,13 @@ from types import TracebackType
 from typing import Any
 
 from trtpass.errors import InputError
-from trtpass.server.control import Control
+from trtpass.server.control import READY, UNAVAILABLE, Control
 from trtpass.server.install import Installation, installed
 from trtpass.server.ports import KINDS, LOOPBACK, PortTaken, address, choose, listens
 
 ATTEMPTS = 5  # to find three ports that stay free until the server has them
 POLL_SECONDS = 0.05
-AFTER_DRAIN_SECONDS = 10  # from the end of the drain to the end of the process
+AFTER_DRAIN_SECONDS = 5  # from the end of the drain to the end of the process: last answers are on their way
 # What only an operator may do: loading a model can bring code with it
 RESTRICTED = "model-repository,shared-memory,trace,logging"
 _ERROR = re.compile(r'^E\d{4} .*?\] "?(.*?)"?\s*$|^error: (.*)$', re.MULTILINE)
@@ -200,12 +200,32 @@ class Server:
         family = _family(self.process.pid)
         try:
             if self.alive:
+                told = self._drain()
                 self.process.send_signal(signal.SIGTERM)
-                self.process.wait(self._drain_seconds + AFTER_DRAIN_SECONDS)
+                self.process.wait(AFTER_DRAIN_SECONDS + (0 if told else self._drain_seconds))
         except subprocess.TimeoutExpired:
             pass  # it is killed below
         finally:
             self._end(self.process, family)
+
+    def _drain(self) -> bool:
+        """Unload every model: it ends what it has taken, and takes nothing new. After a SIGTERM alone Triton would take
+        what comes over gRPC as long as one HTTP connection is open, and wait for those on which nothing happens.
+
+        Returns:
+            Whether the server could be told.
+        """
+        deadline = time.monotonic() + self._drain_seconds
+        try:
+            while busy := {name: state for name, state in self.control.states().items() if state != UNAVAILABLE}:
+                if time.monotonic() > deadline:
+                    break
+                for name in [name for name, state in busy.items() if state == READY]:
+                    self.control.unload(name)
+                time.sleep(POLL_SECONDS)
+        except InputError:
+            return False
+        return True
 
     def kill(self) -> None:
         """End at once; requests in flight are lost."""

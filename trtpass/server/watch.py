@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import Any
 
 from trtpass.errors import InputError
+from trtpass.server.control import READY
 from trtpass.server.process import Server
 
 STUB = "triton_python_backend_stub"
-READY = "READY"
 
 
 class Watch:
