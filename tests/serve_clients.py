@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from tests.served import PATIENCE
+from tests.served import PATIENCE, model_processes
 from trtpass.manifest import Manifest
 from trtpass.paged import PagedEngine
 from trtpass.runtime import Engine
@@ -189,7 +189,7 @@ def stub(server: Server, model: str) -> psutil.Process:
     folder = server.repository / model
     [found] = [
         process
-        for process in psutil.Process(server.pid).children()
+        for process in model_processes(server)
         if any(Path(word).is_relative_to(folder) for word in process.cmdline())
     ]
     return found
