@@ -1,8 +1,8 @@
 """Noticing that a model's process has died, and bringing it back.
 
 Triton goes on calling such a model ready, and every request to it fails, until it is unloaded and loaded again. What
-the dead process was answering never ends on the server's side: clients need a timeout, and a later shutdown waits its
-full time for those that have not gone.
+the dead process was answering never ends on the server's side: clients need a timeout, and the server keeps these
+requests and their HTTP connections until it ends.
 """
 
 from __future__ import annotations
