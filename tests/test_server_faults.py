@@ -41,6 +41,7 @@ from trtpass.deploy.repository import Request as Deployment
 from trtpass.deploy.repository import deploy
 from trtpass.errors import InputError
 from trtpass.server import client, process
+from trtpass.server.control import READY
 from trtpass.server.process import Server
 from trtpass.server.watch import Watch
 from trtpass.serving.request import Refused
@@ -400,7 +401,7 @@ def test_a_server_that_stops_ends_what_it_has_taken(holding: Holding) -> None:
             begun = "trtpass_time_to_first_token_seconds_count"  # of rows: the gauges follow when the step is over
             until(lambda: Numbers(server).of(begun, "wide") == 4, "four rows")
             stopped = pool.submit(server.stop)
-            until(lambda: not server.control.ready(), "the end of new requests")
+            until(lambda: READY not in server.control.states().values(), "the end of new requests")
             for way, model in itertools.product(WAYS, ("sparse", "wide")):
                 with pytest.raises(InputError, match="has no available versions"):
                     answer(server, Ask(model, PROMPT, 3), way)
