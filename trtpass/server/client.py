@@ -20,6 +20,7 @@ from urllib.parse import quote, urlsplit
 import numpy as np
 
 from trtpass.errors import InputError
+from trtpass.serving.answers import BUSY
 from trtpass.serving.request import Refused
 from trtpass.serving.text_request import DTYPES, INPUTS
 
@@ -234,7 +235,8 @@ def _parsed(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Broken(f"the server answers {body[:200]!r}", "a JSON object")
     if "error" in value:
-        raise ServerError(*_parts(str(value["error"])))
+        words = str(value["error"])
+        raise (Refused if words.startswith(f"{BUSY}:") else ServerError)(*_parts(words))
     return value
 
 
