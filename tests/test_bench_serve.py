@@ -85,7 +85,7 @@ def test_all(folders: list[Path]) -> None:
         assert record.params["requests/s"] == pytest.approx(rounds, rel=1e-2)
         prompt = {2: 48, 3: 56}[requests]
         assert record.params["total tokens/s"] == pytest.approx(rounds * (prompt / requests + 4), rel=1e-2)
-        assert set(record.params["cores"]) == {"model", "server", "clients"}
+        assert set(record.params["cores"]) == {"model", "server", "clients", "others"}
         assert (record.baseline_value is None) == (record.params["engine"] == dense)
     assert rates[1].baseline_value == rates[0].value and rates[1].ratio_min <= rates[1].ratio <= rates[1].ratio_max  # type: ignore[operator]
     waits = [r for r in records if r.name == "serve.latency"]

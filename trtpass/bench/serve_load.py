@@ -63,7 +63,8 @@ class Round:
     Args:
         seconds: from the first request to the end of the last answer.
         answers: in the order in which clients had them.
-        busy: processor seconds of the model's process, the server's and the clients'.
+        busy: processor seconds of the model's process, the server's, the clients', and of all else on the machine,
+            which should be none.
     """
 
     seconds: float
@@ -163,7 +164,9 @@ def _busy(server: Server, model: str) -> dict[str, float]:
     folder = str(server.repository / model / "1")
     parent = psutil.Process(server.pid)
     models = [child for child in parent.children() if any(folder in word for word in child.cmdline())]
-    return {"model": _seconds(models), "server": _seconds([parent]), "clients": _seconds([psutil.Process()])}
+    busy = {"model": _seconds(models), "server": _seconds([parent]), "clients": _seconds([psutil.Process()])}
+    whole = psutil.cpu_times()
+    return {**busy, "others": sum(whole) - whole.idle - getattr(whole, "iowait", 0.0) - sum(busy.values())}
 
 
 def _seconds(processes: Sequence[Any]) -> float:
