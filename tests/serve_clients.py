@@ -6,9 +6,11 @@ import itertools
 import json
 import re
 import socket
+import threading
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +19,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from tests.served import PATIENCE, model_processes
+from tests.served import PATIENCE, model_processes, until
 from trtpass.manifest import Manifest
 from trtpass.paged import PagedEngine
 from trtpass.runtime import Engine
@@ -28,6 +30,7 @@ from trtpass.text import AnswerText, Tokenizer
 Way = Literal["generate", "stream", "grpc"]
 WAYS: tuple[Way, ...] = ("generate", "stream", "grpc")
 ENDS = ("stop", "length", "context", "cache", "cancelled", "failed")
+BESIDE = "a stream that runs beside all that goes wrong"
 GAUGES = ("trtpass_rows_running", "trtpass_pages_in_use", "trtpass_requests_waiting", "trtpass_cache_bytes")
 
 
@@ -153,6 +156,33 @@ def check_begins(found: Sequence[client.Answer], right: client.Answer) -> None:
     for piece in found:
         assert piece.prompt_tokens == right.prompt_tokens
         assert piece.completion_tokens == len(right.tokens) or not piece.finish
+
+
+@contextmanager
+def undisturbed(server: Server, alone: Alone, model: str) -> Iterator[None]:
+    """Streams that run one after the other, before, during and after the block, each with the right answer."""
+    asks = [Ask(model, BESIDE, 45), Ask(model, BESIDE, 45, (), 1.1, 0.9, 5)]
+    right = [alone.answer(ask) for ask in asks]
+    begun, enough = threading.Event(), threading.Event()
+
+    def go() -> None:
+        for i in itertools.cycle(range(2)):
+            last, found = enough.is_set(), []
+            for piece in pieces(server, asks[i], "stream"):
+                begun.set()
+                found.append(piece)
+            check_same(client.join(found), right[i])
+            if last:
+                return
+
+    with ThreadPoolExecutor(1) as pool:
+        streams = pool.submit(go)
+        until(lambda: begun.is_set() or streams.done(), "the first piece")
+        try:
+            yield
+        finally:
+            enough.set()
+    streams.result()
 
 
 class Numbers:
