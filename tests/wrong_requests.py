@@ -1,4 +1,4 @@
-"""Requests that a text model of 96 tokens and 256 token ids, or the server before it, refuses; and what the error says."""
+"""Requests that a text model of 96 tokens and 256 ids, or the server before it, refuses; and what the error says."""
 
 from __future__ import annotations
 
