@@ -70,7 +70,7 @@ class Plan:
     """
 
     clients: tuple[int, ...] = (1, 4, 16)
-    requests: tuple[int, ...] = (4, 8, 20)
+    requests: tuple[int, ...] = (4, 8, 16)
     lengths: tuple[int, ...] = (64, 1200, 128, 256)
     new_tokens: int = 32
     rounds: int = 3

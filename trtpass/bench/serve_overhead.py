@@ -51,7 +51,7 @@ class Plan:
     clients: int = 4
     lengths: tuple[int, ...] = (128,)
     new_tokens: int = 128
-    repeats: int = 4
+    repeats: int = 3
 
 
 class Counted:
