@@ -14,9 +14,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from vit_engines import TOME, images, vit_engine, vit_file
 
 from tests.tiny_vit import vit
+from tests.vit_engines import TOME, images, vit_engine, vit_file
 from trtpass import encoder_build, encoder_checks, io, rtx
 from trtpass.build import Request, build
 from trtpass.encoder_choices import MARGIN, flips

@@ -14,10 +14,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from vit_engines import TOME, images, vit_engine, vit_file
 
 from tests.tiny import decoder
 from tests.tiny_vit import vit
+from tests.vit_engines import TOME, images, vit_engine, vit_file
 from trtpass import cli, io
 from trtpass.build import Request, build
 from trtpass.encoder_engine import EncoderEngine
