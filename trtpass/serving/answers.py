@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from trtpass.errors import InputError
-from trtpass.serving.outbox import at_once
 from trtpass.serving.request import Cancelled, Piece, Refused
 from trtpass.serving.text_request import DTYPES, OUTPUTS
 
@@ -49,30 +48,16 @@ class Answer:
         pb: the server's Python module.
         sender: of the request.
         stream: every piece at once; else one response with the whole answer.
-        later: who calls the server, such as ``Outbox.put``.
     """
 
-    def __init__(self, pb: Any, sender: Any, stream: bool = False, later: Callable[..., None] = at_once) -> None:
-        self._pb, self._sender, self.stream, self._later = pb, sender, stream, later
+    def __init__(self, pb: Any, sender: Any, stream: bool = False) -> None:
+        self._pb, self._sender, self.stream = pb, sender, stream
         self._texts: list[str] = []
         self._tokens: list[int] = []
         self._logits: np.ndarray | None = None
         self._ended, self._gone, self._asked = False, False, 0.0
 
     def piece(self, piece: Piece) -> None:
-        self._later(self._piece, piece)
-
-    def failed(self, error: Exception) -> None:
-        self._later(self._fail, error)
-
-    def gone(self) -> bool:
-        now = time.monotonic()
-        if not self._gone and now - self._asked >= ASK_SECONDS:
-            self._asked = now
-            self._later(self._ask)
-        return self._gone
-
-    def _piece(self, piece: Piece) -> None:
         self._texts.append(piece.text)
         self._tokens += piece.tokens
         if piece.logits is not None:
@@ -90,19 +75,17 @@ class Answer:
         if self._logits is not None:
             values["logits"] = self._logits
         self._texts, self._tokens, self._logits = [], [], None
-        try:
-            response = self._response(values)
-        except Exception as error:  # noqa: BLE001 - shared memory may be full; no piece may be missing in the middle
-            self._gone = True
-            self._fail(error)
-            return
-        self._send(response, piece.finish is not None)
+        self._send(self._response(values), piece.finish is not None)
 
-    def _fail(self, error: Exception) -> None:
+    def failed(self, error: Exception) -> None:
         self._send(self._pb.InferenceResponse(error=error_of(self._pb, error)), True)
 
-    def _ask(self) -> None:
-        self._gone = self._gone or bool(self._sender.is_cancelled())
+    def gone(self) -> bool:
+        now = time.monotonic()
+        if not self._gone and now - self._asked >= ASK_SECONDS:
+            self._asked = now
+            self._gone = bool(self._sender.is_cancelled())
+        return self._gone
 
     def _response(self, values: Mapping[str, Sequence[Any] | np.ndarray]) -> Any:
         tensors = [

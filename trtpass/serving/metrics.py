@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from trtpass.serving.observer import Observer
-from trtpass.serving.outbox import at_once
 
 
 @dataclass(frozen=True)
@@ -66,13 +65,9 @@ class Metrics:
         pb: the server's Python module.
         families: what there is.
         model: value of the label ``model``.
-        later: who calls the server, such as ``Outbox.put``.
     """
 
-    def __init__(
-        self, pb: Any, families: Mapping[str, Family], model: str, later: Callable[..., None] = at_once
-    ) -> None:
-        self._later = later
+    def __init__(self, pb: Any, families: Mapping[str, Family], model: str) -> None:
         self._families: list[Any] = []  # a family must live as long as its metrics
         self._metrics: dict[tuple[str, str], Any] = {}
         self._last: dict[str, float] = {}
@@ -88,24 +83,24 @@ class Metrics:
 
     def add(self, name: str, amount: float = 1, value: str = "") -> None:
         """Raise a counter; ``value`` is that of its own label."""
-        self._later(self._metrics[name, value].increment, amount)
+        self._metrics[name, value].increment(amount)
 
     def put(self, name: str, number: float) -> None:
         """Set a gauge; nothing is sent where it is the same as before."""
         if self._last.get(name) != number:
-            self._later(self._metrics[name, ""].set, number)
+            self._metrics[name, ""].set(number)
             self._last[name] = number
 
     def observe(self, name: str, seconds: float) -> None:
         """Add to a histogram."""
-        self._later(self._metrics[name, ""].observe, seconds)
+        self._metrics[name, ""].observe(seconds)
 
 
 class TextMetrics(Observer):
     """The observer of a scheduler that counts in the server's metrics."""
 
-    def __init__(self, pb: Any, model: str, later: Callable[..., None] = at_once) -> None:
-        self._to = Metrics(pb, TEXT, model, later)
+    def __init__(self, pb: Any, model: str) -> None:
+        self._to = Metrics(pb, TEXT, model)
 
     def refused(self, reason: str) -> None:
         self._to.add("trtpass_refused_total", value=reason)

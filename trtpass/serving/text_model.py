@@ -16,7 +16,6 @@ from trtpass.errors import InputError
 from trtpass.serving.answers import Answer, array_of
 from trtpass.serving.batch import Batch
 from trtpass.serving.metrics import TextMetrics
-from trtpass.serving.outbox import Outbox
 from trtpass.serving.request import OverLimit
 from trtpass.serving.settings import Settings
 from trtpass.serving.text_request import parse
@@ -55,8 +54,7 @@ class TritonPythonModel:
         batch = open_batch(engine, settings.limits)
         warm_up(batch)
         self._tokenizer = Tokenizer.open(folder)
-        self._outbox = Outbox()
-        self._observer = TextMetrics(self._pb, args["model_name"], self._outbox.put)
+        self._observer = TextMetrics(self._pb, args["model_name"])
         self._scheduler = Scheduler(batch, self._tokenizer, manifest.stop_ids, settings.limits, self._observer)
         self._scheduler.start()
 
@@ -66,7 +64,7 @@ class TritonPythonModel:
             self._take(request)
 
     def _take(self, request: Any) -> None:
-        answer = Answer(self._pb, request.get_response_sender(), later=self._outbox.put)
+        answer = Answer(self._pb, request.get_response_sender())
 
         def read(name: str) -> np.ndarray | None:
             tensor = self._pb.get_input_tensor_by_name(request, name)
@@ -88,7 +86,6 @@ class TritonPythonModel:
         if not self._scheduler.drain(self._settings.drain_seconds):
             self._pb.Logger.log_warn(f"requests were still running after {self._settings.drain_seconds} s")
         self._scheduler.close()
-        self._outbox.close()
 
 
 def warm_up(batch: Batch) -> None:
