@@ -58,6 +58,7 @@ class Checks:
 
     @property
     def whole_prompt(self) -> str:
+        """The method that needs whole prompts, or an empty string: the engine's to say."""
         raise NotImplementedError
 
     def _capacity(self, longest: int, asked: int | None) -> int:
