@@ -48,18 +48,12 @@ class Checks:
         fixed_capacity: slots of a row, where the graph fixes them.
         shortened: what a span method did to the graphs.
         vocab: V.
-        whole_prompt: the method that needs whole prompts, or an empty string.
     """
 
     context: int | None
     fixed_capacity: int | None
     shortened: Shortened | None
     vocab: int
-
-    @property
-    def whole_prompt(self) -> str:
-        """The method that needs whole prompts, or an empty string: the engine's to say."""
-        raise NotImplementedError
 
     def _capacity(self, longest: int, asked: int | None) -> int:
         default = self.context if self.context is not None else longest + DEFAULT_HEADROOM
@@ -131,13 +125,3 @@ class Checks:
         bad = ids[(ids < 0) | (ids >= self.vocab)]
         if bad.size:
             raise InputError(f"token id {int(bad[0])}", f"0 to {self.vocab - 1}", "use this model's tokenizer")
-
-    def _check_chunk(self, chunk: int) -> None:
-        if chunk < 1:
-            raise InputError(f"chunks of {chunk} tokens", "1 or more")
-        if self.whole_prompt:
-            raise InputError(
-                f"prefill in chunks, with method '{self.whole_prompt}'",
-                "whole prompts: the method selects by the last queries, which an early chunk does not have",
-                "leave out chunk, or build a dense engine",
-            )

@@ -107,8 +107,8 @@ class PagedEngine(Engine):
     def _read(self, rows: Sequence[Sequence[int]], lengths: np.ndarray, state: PagedState, book: Pages) -> np.ndarray:
         """Whole prompts into the rows of ``book``; returns the logits ``[B, V]`` after them."""
         most = self.heads * int((-(-lengths // self.page)).sum())  # pages of a layer that keeps all of them
-        feeds = {"input_ids": padded(rows, lengths), "lengths": lengths, "free": book.free(most)}
-        made = self._call(PREFILL, feeds, state, ("logits", "page_table", "slot", "keep"))
+        feeds = {"lengths": lengths, "free": book.free(most)}
+        made = self._run(PREFILL, padded(rows, lengths), feeds, state, outputs=("page_table", "slot", "keep"))
         self._decided(made["keep"])
         logits = last(made["logits"], lengths)
         self._need_numbers(made["keep"], lengths)
@@ -182,11 +182,11 @@ class PagedEngine(Engine):
                 raise
             lengths = np.maximum(part, 1)  # a row that is done repeats token 0, writes nothing, and is not read
             feeds = {
-                "input_ids": padded([piece or [0] for piece in pieces], lengths), "lengths": lengths,
-                "past_lengths": (state.lengths + np.minimum(start, counts)).astype(np.int32),
+                "lengths": lengths, "past_lengths": (state.lengths + np.minimum(start, counts)).astype(np.int32),
                 "page_table": book.table, "slot": slot, "held": book.held,
             }  # fmt: skip
-            made = self._call(DECODE, feeds, state, ("logits", "keep"))
+            ids = padded([piece or [0] for piece in pieces], lengths)
+            made = self._run(DECODE, ids, feeds, state, outputs=("keep",))
             logits = last(made["logits"], lengths)
             state.logits = np.where((part > 0)[:, None], logits, state.logits)
             slots.append(slot)
@@ -240,20 +240,6 @@ class PagedEngine(Engine):
         """The batch of a book's rows, of at most ``slots`` tokens each, in pools that other batches may share."""
         return PagedState(dict(pools), book.lengths, np.zeros((book.batch, self.vocab), np.float32), slots, book)
 
-    def _call(
-        self, phase: str, feeds: Mapping[str, np.ndarray], state: PagedState, wanted: Sequence[str],
-        names: tuple[str, ...] = (),
-    ) -> dict[str, np.ndarray]:  # fmt: skip
-        binding = self._session(phase, names).io_binding()
-        for name, array in feeds.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        self._bind_cache(binding, state)
-        for name in wanted:
-            binding.bind_output(name, "cpu")
-        self._run_bound(phase, binding, names)
-        made = binding.get_outputs()[-len(wanted) :]  # in the order of binding
-        return {name: np.array(value.numpy()) for name, value in zip(wanted, made, strict=True)}
-
     def _bind_cache(self, binding: Any, state: State, row: int | None = None) -> None:
         """As past and as present: all rows share the pools."""
         for name, pool in state.cache.items():
@@ -296,5 +282,5 @@ class PagedEngine(Engine):
     def run_named(self, rows: Sequence[Sequence[int]], names: Sequence[str]) -> dict[str, np.ndarray]:
         lengths = self._check_rows(rows)
         state = self.new_state(len(rows), self._capacity(int(lengths.max()), None), None)
-        feeds = {"input_ids": padded(rows, lengths), "lengths": lengths, "free": state.pages.free()}
-        return self._call(PREFILL, feeds, state, tuple(dict.fromkeys(("logits", *names))), tuple(names))
+        feeds = {"lengths": lengths, "free": state.pages.free()}
+        return self._run(PREFILL, padded(rows, lengths), feeds, state, names=tuple(names))

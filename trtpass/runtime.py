@@ -243,6 +243,16 @@ class Engine(Bound):
         sampler = Sampler(len(rows), max_tokens, stop_ids, temperature, seed, top_p, ends)
         return self._steps(rows, sampler, chunk, slots)
 
+    def _check_chunk(self, chunk: int) -> None:
+        if chunk < 1:
+            raise InputError(f"chunks of {chunk} tokens", "1 or more")
+        if self.whole_prompt:
+            raise InputError(
+                f"prefill in chunks, with method '{self.whole_prompt}'",
+                "whole prompts: the method selects by the last queries, which an early chunk does not have",
+                "leave out chunk, or build a dense engine",
+            )
+
     def _steps(self, rows: Sequence[Sequence[int]], sampler: Sampler, chunk: int | None, slots: int) -> Iterator[Step]:
         state = self.prefill(rows, chunk, slots)
         limit = slots if self.context is None else min(slots, self.context)
