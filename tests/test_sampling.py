@@ -141,3 +141,12 @@ def test_stop_texts_have_limits() -> None:
     for stops, message in ((["x"] * 17, "17 stop texts"), (["x", ""], "0 characters"), (["x" * 1025], "1025")):
         with pytest.raises(InputError, match=message):
             StopText(stops)
+
+
+def test_a_seed_is_a_stream_of_its_own() -> None:
+    def drawn(seed: int, row: int = 0) -> list[int]:
+        sampler = RowSampler(20, frozenset(), 1.0, seed, row)
+        return [sampler.step(np.zeros(1000, np.float32), False)[0] for _ in range(20)]
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2) and drawn(1) != drawn(1, row=1)
